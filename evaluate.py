@@ -1,0 +1,52 @@
+"""Full-catalogue ranking: every user, every item, no sampling, exact under any number of ranks."""
+
+import torch
+
+from data import Dataset, eval_batches
+from model import SequenceRecommender
+from reclm import dist
+from reclm.config import EvalConfig
+from reclm.errors import UserError
+from reclm.metrics import rank_of_target, ranking_sums
+
+MAX_SCORES = 2**26  # scores held at once: 256 MiB in float32, whatever the size of the catalogue
+
+
+@torch.inference_mode()
+def rank_users(
+    model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(user ids, ranks) of this rank's users, both (users,); raises UserError on a non-finite score."""
+    model.eval()
+    device = model.item_embedding.weight.device
+    batch_size = max(1, min(cfg.eval_batch_size, MAX_SCORES // (dataset.num_items + 1)))
+    users, ranks, broken = [], [], []
+    for batch in eval_batches(dataset, split, model.cfg.max_len, batch_size):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        scores = model(batch).float()  # (B, V)
+        broken += batch["user_ids"][~scores.isfinite().all(1)].tolist()
+        scores[:, 0] = -torch.inf  # padding is no candidate
+        target = scores.gather(1, batch["target_ids"][:, None])  # (B, 1)
+        if cfg.filter_seen:
+            scores[batch["seen_rows"], batch["seen_items"]] = -torch.inf
+            scores.scatter_(1, batch["target_ids"][:, None], target)  # a target is never excluded
+        users.append(batch["user_ids"].cpu())
+        ranks.append(rank_of_target(scores, batch["target_ids"]).cpu())
+    broken = [user for part in dist.gather_from_ranks(broken) for user in part]
+    if broken:
+        raise UserError(
+            f"the model gives non-finite scores to {len(broken)} user(s), "
+            f"the first of them {dataset.users[broken[0]]}: these weights cannot be evaluated"
+        )
+    empty = torch.zeros(0)  # a rank may have no users at all
+    return torch.cat([empty.long(), *users]), torch.cat([empty.double(), *ranks])
+
+
+def evaluate(model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
+    """{"HR@10": ..., "NDCG@10": ..., "MRR": ...} over all evaluated users of all ranks."""
+    _, ranks = rank_users(model, dataset, split, cfg)
+    sums = ranking_sums(ranks)
+    count, *totals = dist.sum_over_ranks([len(ranks), *sums.values()])
+    if count != len(dataset.evaluated):
+        raise AssertionError(f"ranked {count} users of {len(dataset.evaluated)}")
+    return {name: total / count for name, total in zip(sums, totals, strict=True)}

@@ -1,0 +1,265 @@
+"""Train and evaluate a sequential recommender.
+
+    torchrun --standalone --nproc_per_node=2 main.py --eval_only=false
+    torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'
+    python main.py --config=configs/sasrec.yaml --seed=1     # one process, a recipe, a changed setting
+    python main.py --help                                    # every flag
+
+Reading order: this file, model.py, data.py, evaluate.py; then reclm/ by need.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads halve a shared CPU
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data import Dataset, TrainBatches, load_dataset
+from evaluate import evaluate
+from model import SequenceRecommender
+from reclm import checkpoint, dist, runs
+from reclm.config import Config, ModelConfig, build_config, parse_args
+from reclm.errors import UserError
+from reclm.logger import Logger, say, write_json
+from reclm.optim import build_optimizer, learning_rate
+
+MODEL_NAMES = [field.name for field in fields(ModelConfig)]
+DATA_NAMES = ["dataset", "min_item_count"]
+
+
+def main() -> None:
+    with dist.distributed():
+        said = parse_args()
+        if said.get("eval_only"):
+            evaluate_checkpoint(said)
+        else:
+            train(said)
+
+
+def evaluate_checkpoint(said: dict) -> None:
+    """--eval_only=true: rank validation and test items with a saved model, on any number of ranks."""
+    out_dir = runs.chosen_dir(said)
+    path = checkpoint.find_checkpoint(said.get("ckpt_name", "best.pth"), out_dir)
+    state = checkpoint.load_checkpoint(path)
+    fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
+    cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
+    dataset = load_dataset(cfg.data)
+    say(runs.describe_data(dataset))
+    model = build_model(cfg, dataset)
+    checkpoint.restore_model(model, state, path, dataset)
+    result = runs.describe_run(cfg, dataset) | {"checkpoint": str(path)}
+    for split in ("valid", "test"):
+        result[split] = evaluate(model, dataset, split, cfg.eval)
+        say(runs.format_metrics(f"{split.upper()} of {path}", result[split], cfg.eval.filter_seen))
+    target = out_dir / f"eval-{path.stem}.json"
+    write_json(target, result)
+    say(f"written to {target}")
+
+
+def build_model(cfg: Config, dataset: Dataset) -> SequenceRecommender:
+    torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
+    model = SequenceRecommender(cfg.model, cfg.loss, dataset.num_items, dataset.num_users)
+    return model.to(dist.pick_device(cfg.train.device))
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with model and optimizer, all that a checkpoint holds."""
+
+    epoch: int = 0  # the next epoch to run
+    step: int = 0  # the next step in it
+    loss_sum: float = 0.0  # over the steps of this epoch so far
+    seconds: float = 0.0  # of the whole run so far
+    best_score: float = -1.0  # validation NDCG@10
+    best_epoch: int = -1
+    bad_epochs: int = 0  # since the best
+
+
+class Trainer:
+    """A run in flight: what `train` wires together and the epoch loop passes on."""
+
+    def __init__(self, cfg: Config, dataset: Dataset, out_dir: Path, state: dict | None, path: Path):
+        self.cfg, self.dataset, self.out_dir = cfg, dataset, out_dir
+        self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
+        self.model = build_model(cfg, dataset)
+        if cfg.train.compile:
+            for layer in self.model.layers:
+                layer.compile(dynamic=True)  # in place: the names of the weights stay
+        self.optimizer = build_optimizer(self.model, cfg.train)
+        self.progress, history = Progress(), []
+        if state:
+            checkpoint.restore_model(self.model, state, path, dataset)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress, history = Progress(**state["progress"]), state["history"]
+        self.parallel = dist.data_parallel(self.model)
+        self.logger = Logger(out_dir, history)
+        self.stop = dist.StopRequest()
+        self.started = time.time() - self.progress.seconds
+
+    def save(self, *names: str) -> None:
+        self.progress.seconds = time.time() - self.started
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+            "history": self.logger.history,
+            "config": self.cfg.flat(),
+            "dataset": self.dataset.name,
+            "fingerprint": self.dataset.fingerprint,
+        }
+        dist.on_main(lambda: checkpoint.save_checkpoint(state, self.out_dir, list(names)))
+
+
+def train(said: dict) -> None:
+    """--eval_only=false: a new run, or with --resume the rest of an old one."""
+    state, path = runs.find_resume(said)
+    if state:
+        names = [*MODEL_NAMES, *DATA_NAMES, *checkpoint.TRAJECTORY]
+        said = checkpoint.merge_config(said, state, path, names)
+    cfg = build_config(said)
+    dataset = load_dataset(cfg.data)
+    cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
+    out_dir = dist.on_main(lambda: runs.claim_dir(cfg, dataset.name, path))
+    say(runs.describe_data(dataset))
+    run = Trainer(cfg, dataset, out_dir, state, path)
+    say(runs.describe_model(run.model, len(run.batches), run.batches.num_tokens))
+    say(f"results go to {out_dir}")
+    if state:
+        say(f"going on from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
+    for epoch in range(run.progress.epoch, cfg.train.num_epochs):
+        row = train_epoch(run, epoch)
+        row |= validate(run, epoch)
+        finish_epoch(run, row)
+        if cfg.train.patience and run.progress.bad_epochs >= cfg.train.patience:
+            say(f"no better validation NDCG@10 for {cfg.train.patience} epochs: stopping early")
+            break
+    run.logger.close()
+    report(run)
+
+
+def train_epoch(run: Trainer, epoch: int) -> dict:
+    """Run the (remaining) steps of an epoch. Returns its row for the log."""
+    cfg, progress = run.cfg.train, run.progress
+    num_steps = len(run.batches)
+    run.model.train()
+    run.logger.start_epoch(epoch, num_steps, progress.step)
+    begin, tokens = time.time(), 0
+    for step, (micro_batches, num_targets) in run.batches.epoch(epoch, progress.step):
+        checkpoint.seed_step(cfg.seed, epoch, step)
+        lr = learning_rate(epoch * num_steps + step, cfg.num_epochs * num_steps, cfg)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = accumulate_gradients(run, micro_batches, num_targets)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
+        total, stopping = dist.sum_over_ranks([loss_sum, float(bool(run.stop))])
+        if not math.isfinite(total) or not norm.isfinite():
+            refuse_non_finite(run, epoch, step, loss_sum)
+        run.optimizer.step()
+        progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
+        tokens += num_targets
+        speed = tokens / (time.time() - begin)
+        run.logger.step(total / num_targets, speed)
+        if stopping:
+            stop_early(run)
+    return {
+        "epoch": epoch,
+        "loss": progress.loss_sum / run.batches.num_tokens,
+        "lr": lr,
+        "train_seconds": time.time() - begin,
+        "tokens_per_second": speed,
+    }
+
+
+def accumulate_gradients(run: Trainer, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
+    """Gradients of the mean loss over the targets of ALL ranks. Returns this rank's sum of losses."""
+    run.optimizer.zero_grad()
+    device = run.model.item_embedding.weight.device
+    loss_sum = 0.0
+    for i, batch in enumerate(micro_batches):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
+            loss = run.parallel(batch)
+            # DDP averages gradients over ranks; the factor turns that into the sum over all targets
+            # divided by their number, which does not depend on how they lie on the ranks.
+            (loss * (dist.world_size() / num_targets)).backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
+def refuse_non_finite(run: Trainer, epoch: int, step: int, loss_sum: float) -> None:
+    """Called by all ranks before the step is taken, so the saved weights are untouched."""
+    bad = [r for r, loss in enumerate(dist.gather_from_ranks(loss_sum)) if not math.isfinite(loss)]
+    what = f"the loss became NaN or infinite on rank {bad[0]}" if bad else "the gradient overflowed"
+    raise UserError(
+        f"{what} at epoch {epoch}, step {step}: try a smaller --lr, or --dtype=float32; "
+        f"what was saved before is whole, in {run.out_dir}"
+    )
+
+
+def stop_early(run: Trainer) -> None:
+    """After SIGTERM or Ctrl-C, agreed on by all ranks: save the middle of the epoch and leave."""
+    run.save("last.pth")
+    run.logger.close()
+    say(
+        f"stopped at epoch {run.progress.epoch}, step {run.progress.step}; "
+        f"go on with: --resume=auto --out_dir={run.out_dir}"
+    )
+    dist.barrier()
+    raise SystemExit(128 + (run.stop.signal or 15))
+
+
+def validate(run: Trainer, epoch: int) -> dict:
+    """Validation metrics of all users, for the row of this epoch."""
+    begin = time.time()
+    metrics = evaluate(run.model, run.dataset, "valid", run.cfg.eval)
+    row = {f"valid/{name}": value for name, value in metrics.items()}
+    return row | {"eval_seconds": time.time() - begin}
+
+
+def finish_epoch(run: Trainer, row: dict) -> None:
+    """Log the epoch, remember the best, save."""
+    progress, epoch, score = run.progress, row["epoch"], row["valid/NDCG@10"]
+    better = score > progress.best_score
+    progress.bad_epochs = 0 if better else progress.bad_epochs + 1
+    if better:
+        progress.best_score, progress.best_epoch = score, epoch
+    progress.epoch, progress.step, progress.loss_sum = epoch + 1, 0, 0.0
+    run.logger.end_epoch(row)
+    say(
+        f"epoch {epoch:3d}   loss {row['loss']:.4f}   valid HR@10 {row['valid/HR@10']:.4f}  "
+        f"NDCG@10 {score:.4f}   {row['train_seconds']:.1f} s + {row['eval_seconds']:.1f} s   "
+        f"{row['tokens_per_second']:,.0f} tokens/s{'   best' if better else ''}"
+    )
+    names = [f"epoch_{epoch}.pth", "last.pth"] + ["best.pth"] * better
+    run.save(*names)
+    keep = run.cfg.run
+    dist.on_main(lambda: checkpoint.prune(run.out_dir, keep.keep_last, keep.ckpt_name))
+
+
+def report(run: Trainer) -> None:
+    """The test result of the best validation epoch, and where everything lies."""
+    path = run.out_dir / "best.pth"
+    checkpoint.restore_model(run.model, checkpoint.load_checkpoint(path), path, run.dataset)
+    best = run.progress.best_epoch
+    result = runs.describe_run(run.cfg, run.dataset) | {
+        "seconds": round(time.time() - run.started, 1),
+        "best_epoch": best,
+        "valid": evaluate(run.model, run.dataset, "valid", run.cfg.eval),
+        "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
+    }
+    write_json(run.out_dir / "result.json", result)
+    title = f"TEST, best validation epoch {best}"
+    say(runs.format_metrics(title, result["test"], run.cfg.eval.filter_seen))
+    say(runs.describe_files(run.out_dir))
+
+
+if __name__ == "__main__":
+    main()

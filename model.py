@@ -1,0 +1,201 @@
+"""The recommender: item embedding -> causal blocks -> a user embedding per position -> MF layer.
+
+Letters in the shape comments:
+    B  batch (sequences)    T  sequence length            D   model width (`dim`)
+    H  query heads          G  key-value heads            Dh  head width (D / H)
+    F  feed-forward width   W  attention window           N   negatives
+    V  item-table rows: items are 1..V-1, row 0 is padding
+    M  positions of a batch that have a target (no padding)
+
+Sequences are padded on the right. With causal attention no real position ever sees the padding, so
+the fast causal kernel needs no padding mask, and padded positions are dropped before the loss.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reclm.config import LossConfig, ModelConfig
+from reclm.losses import LOSSES
+
+
+class Context(NamedTuple):
+    """What every block may look at beside its input; the same for all layers."""
+
+    cos: Tensor  # (T, Dh/2) rotary tables
+    sin: Tensor  # (T, Dh/2)
+    mask: Tensor | None  # (T, T) bool, True = may attend; None = plain causal
+
+
+def rotary_tables(length: int, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864, eq. 15), both (length, head_dim / 2)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)  # (Dh/2,)
+    angles = torch.outer(torch.arange(length).float(), frequencies)  # (T, Dh/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of channels of x (B, heads, T, Dh) by their position; dot products become relative."""
+    first, second = x.chunk(2, dim=-1)  # pairs (i, i + Dh/2): same algebra as (2i, 2i + 1), contiguous
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim = cfg.dim // cfg.n_heads
+        self.wq = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(cfg.dim, cfg.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+        self.groups = cfg.n_heads // cfg.kv_heads
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, T, D) -> (B, T, D); position t sees positions <= t, at most the last W of them."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.wq(x).view(heads).transpose(1, 2), ctx.cos, ctx.sin)  # (B, H, T, Dh)
+        k = rotate(self.wk(x).view(heads).transpose(1, 2), ctx.cos, ctx.sin)  # (B, G, T, Dh)
+        v = self.wv(x).view(heads).transpose(1, 2)  # (B, G, T, Dh)
+        if self.groups > 1:  # the CPU's fused kernel wants as many key as query heads
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, Dh)
+        # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
+        # has none. Dropout acts on the embedding and on both residual branches instead.
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None
+        )  # (B, H, T, Dh)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
+
+
+class TransformerBlock(nn.Module):
+    """LLaMA2 block (arXiv 2307.09288): pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attention = Attention(cfg)
+        self.feed_forward = FeedForward(cfg)
+        self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        x = x + self.dropout(self.attention(self.attention_norm(x), ctx))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+BLOCKS = {"llama": TransformerBlock}
+
+
+class SequenceRecommender(nn.Module):
+    """Every use of a parameter happens inside `forward`, so DDP and its kin see all of them."""
+
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, num_items: int, num_users: int):
+        super().__init__()
+        self.cfg, self.loss, self.num_items = cfg, loss, num_items
+        self.item_embedding = nn.Embedding(num_items + 1, cfg.dim, padding_idx=0)  # V = items + pad
+        self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+        if cfg.user_embedding == "explicit":
+            self.user_embedding = nn.Embedding(num_users, cfg.dim)
+        cos, sin = rotary_tables(cfg.max_len, cfg.dim // cfg.n_heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The one place where weights are initialised.
+
+        | weight                   | initial value                                                     |
+        |--------------------------|-------------------------------------------------------------------|
+        | item, user embedding     | normal, std 1 / sqrt(D): rows of unit length; padding row 0       |
+        | wq wk wv w1 w3           | normal, std 1 / sqrt(fan in): keeps the scale of activations      |
+        | wo w2 (into the residual)| the same / sqrt(2 n_layers): the sum of branches stays of order 1 |
+        | RMSNorm gains            | 1                                                                 |
+        """
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                continue
+            std = weight.shape[1] ** -0.5
+            if name.endswith(("wo.weight", "w2.weight")):
+                std /= (2 * self.cfg.n_layers) ** 0.5
+            nn.init.normal_(weight, std=std)
+        self.item_embedding.weight[0] = 0.0
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        """item_ids (B, T) -> the user's embedding after each action, (B, T, D), in float32."""
+        item_ids = batch["item_ids"]
+        length = item_ids.shape[1]
+        ctx = Context(self.cos[:length], self.sin[:length], self.attention_mask(length))
+        x = self.item_embedding(item_ids)  # (B, T, D)
+        if self.cfg.scores == "cosine":
+            x = F.normalize(x, dim=-1)
+        x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
+            for layer in self.layers:
+                x = layer(x, ctx)
+        hidden = self.norm(x.float())  # (B, T, D)
+        if self.cfg.user_embedding == "explicit":  # SASRec (arXiv 1808.09781), section III.E
+            hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
+        if self.cfg.scores == "cosine":
+            return F.normalize(hidden, dim=-1) / self.cfg.temperature
+        return hidden
+
+    def attention_mask(self, length: int) -> Tensor | None:
+        """Band of the last W positions, (T, T); None where the window covers everything."""
+        if self.cfg.window == 0 or self.cfg.window >= length:
+            return None
+        age = torch.arange(length, device=self.cos.device)
+        age = age[:, None] - age[None, :]  # (T, T) how many positions ago
+        return (age >= 0) & (age < self.cfg.window)
+
+    def item_table(self) -> Tensor:
+        """(V, D): the MF layer's item factors, shared with the input embedding."""
+        table = self.item_embedding.weight
+        return F.normalize(table, dim=-1) if self.cfg.scores == "cosine" else table
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """With "targets" in the batch: the SUM of the loss over its M targets, a scalar.
+        Without: float32 scores (B, V) of all items after the last action of each sequence."""
+        hidden = self.encode(batch)  # (B, T, D)
+        if "targets" not in batch:
+            last = batch["lengths"] - 1  # (B,)
+            return hidden[torch.arange(len(last), device=last.device), last] @ self.item_table().T
+        valid = batch["targets"] != 0  # (B, T)
+        targets = batch["targets"][valid]  # (M,)
+        return LOSSES[self.loss.loss](
+            hidden[valid], self.item_table(), targets, *self.negatives(batch, valid, targets),
+            t=self.loss.gbce_t,
+        )  # fmt: skip
+
+    def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:
+        """(negatives, excluded): ids (N,) shared by the batch or (M, N), and which of them a position
+        must not count, bool (M, N) or None."""
+        if "negatives" not in batch:
+            return None, None
+        negatives = batch["negatives"]
+        if negatives.dim() > 1:  # drawn for each position, free of its target by construction
+            return negatives[valid], None
+        excluded = negatives == targets[:, None]  # (M, N)
+        if "seen_negatives" in batch:  # (B, N): shared negatives that a user has in the history
+            excluded |= batch["seen_negatives"][valid.nonzero()[:, 0]]
+        return negatives, excluded

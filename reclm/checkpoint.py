@@ -1,0 +1,123 @@
+"""Checkpoints: epoch_N.pth, last.pth, best.pth. Written whole or not at all, read with nothing but data.
+
+Contents: model, optimizer, progress (main.Progress), history (a row per epoch), config (flat), dataset,
+fingerprint. No random state: every draw is a function of (seed, epoch, step, rank), see `seed_step`.
+"""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from reclm import dist
+from reclm.errors import UserError
+
+# The trajectory of the weights depends on these; a resumed run may change anything else.
+TRAJECTORY = [
+    "loss", "num_negatives", "share_negatives", "exclude_history", "gbce_t", "batch_size", "lr",
+    "weight_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "seed",
+]  # fmt: skip
+
+
+def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
+    """Write `state` once and give it all of `names`. Raises UserError; what was there stays whole."""
+    first, *others = [out_dir / name for name in names]
+    work = first.with_name(f".{first.name}.writing")
+    try:
+        with open(work, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave a renamed but empty file
+        os.replace(work, first)
+        for other in others:
+            work = other.with_name(f".{other.name}.writing")
+            work.unlink(missing_ok=True)
+            os.link(first, work)  # a second name for the same bytes
+            os.replace(work, other)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"cannot save {first} ({error}): free some space and go on with "
+            f"--resume=auto --out_dir={out_dir}; the previous checkpoint is whole"
+        ) from None
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def prune(out_dir: Path, keep_last: int, spare: str) -> None:
+    """Delete all but the newest `keep_last` epoch files (0 = none), and never `spare`."""
+    if keep_last:
+        for path in epoch_files(out_dir)[:-keep_last]:
+            if path.name != Path(spare).name:
+                path.unlink()
+
+
+def epoch_files(out_dir: Path) -> list[Path]:
+    """epoch_N.pth by N."""
+    number = re.compile(r"epoch_(\d+)\.pth")
+    found = [(number.fullmatch(path.name), path) for path in Path(out_dir).glob("epoch_*.pth")]
+    return [path for match, path in sorted((int(m[1]), p) for m, p in found if m)]
+
+
+def find_checkpoint(name: str, out_dir: Path) -> Path:
+    """The file called `name` in out_dir, or at the path `name`. Raises UserError listing what there is."""
+    for path in (Path(out_dir) / name, Path(name)):
+        if path.is_file():
+            return path
+    there = [path.name for path in epoch_files(out_dir)]
+    there += [name for name in ("best.pth", "last.pth") if (Path(out_dir) / name).is_file()]
+    raise UserError(
+        f"no checkpoint {name} in {out_dir}; there are: {', '.join(there) or 'none'}"
+        + ("" if there else " (train first: --eval_only=false)")
+    )
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state in a file, on the CPU. Raises UserError for a truncated or foreign file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is truncated or not a checkpoint ({reason}): use another --ckpt_name or --resume"
+        ) from None
+    wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this program: use another one")
+    return state
+
+
+def merge_config(said: dict, state: dict, path: Path, names: list[str]) -> dict:
+    """The checkpoint's settings overridden by what the user said. A different value for one of `names`
+    raises a UserError that names both."""
+    saved = state["config"]
+    for name in names:
+        if name in said and name in saved and said[name] != saved[name]:
+            raise UserError(
+                f"--{name}={said[name]} contradicts {path}, which has {name}={saved[name]}: "
+                "leave the flag out, or choose another checkpoint"
+            )
+    return saved | said
+
+
+def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset) -> None:
+    """Load the weights. Raises UserError when they belong to other data or another architecture."""
+    if state["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"{path} was trained on {state['dataset']} with fingerprint {state['fingerprint']}, but the "
+            f"data here is {dataset.name} with fingerprint {dataset.fingerprint}: "
+            "use the same --dataset and --data_dir"
+        )
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit this architecture: {reason}") from None
+
+
+def seed_step(seed: int, epoch: int, step: int) -> None:
+    """Make dropout a function of (seed, epoch, step, rank): a resumed run needs no saved random state."""
+    mixed = torch.tensor([seed, epoch, step, dist.rank()], dtype=torch.int64)
+    factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F])  # primes of xxHash
+    torch.manual_seed(int((mixed * factors).sum()) & (2**63 - 1))

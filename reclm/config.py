@@ -1,0 +1,234 @@
+"""All settings: dataclass sections, overridden by a YAML file, overridden by flags.
+
+Names are unique over the sections, so flags and YAML keys need no prefix: `--lr=5e-4 --n_layers=4`.
+The text under each field is its help text (`python main.py --help`).
+"""
+
+import math
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from reclm.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """Model: fixed by the checkpoint once trained"""
+
+    model_name: Literal["llama"] = "llama"
+    """kind of block"""
+    max_len: int = 200
+    """T: a user's history is cut to the last max_len actions"""
+    dim: int = 64
+    """D: model width"""
+    n_layers: int = 2
+    """number of blocks"""
+    n_heads: int = 2
+    """H: query heads"""
+    n_kv_heads: int = 0
+    """G: key-value heads of grouped-query attention; 0 = as many as n_heads"""
+    hidden_dim: int = 0
+    """F: feed-forward width; 0 = 8/3 dim, rounded up to a multiple of 32"""
+    window: int = 0
+    """W: attend to the last `window` positions only; 0 = to all"""
+    dropout: float = 0.2
+    """on the embedding and on both residual branches"""
+    user_embedding: Literal["none", "explicit"] = "none"
+    """explicit = add a learned vector per user (SASRec, section III.E)"""
+    scores: Literal["dot", "cosine"] = "dot"
+    """MF layer: dot product, or cosine divided by `temperature`"""
+    temperature: float = 0.05
+    """of cosine scores"""
+    norm_eps: float = 1e-6
+    """of RMSNorm"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the blocks; embeddings, loss and ranking stay in float32"""
+
+    def __post_init__(self):
+        positive(self, "max_len", "dim", "n_layers", "n_heads", "temperature", "norm_eps")
+        not_negative(self, "n_kv_heads", "hidden_dim", "window")
+        probability(self, "dropout")
+        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+            raise UserError(f"--dim={self.dim} must split into --n_heads={self.n_heads} heads of even width")
+        if self.n_heads % self.kv_heads:
+            raise UserError(f"--n_heads={self.n_heads} must be a multiple of --n_kv_heads={self.n_kv_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return self.hidden_dim or 32 * math.ceil(self.dim * 8 / 3 / 32)
+
+
+@dataclass
+class DataConfig:
+    """Data"""
+
+    dataset: str | None = None
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, or a path to a .csv or .parquet file with the columns
+    user,item[,rating][,timestamp]; not given: MovieLens-1M, or what can be had of it"""
+    data_dir: str | None = None
+    """where data files are looked for and downloaded to [default: $RECLM_DATA, else data/]"""
+    min_item_count: int = 1
+    """drop items with fewer interactions (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
+    unordered_ok: bool = False
+    """accept ml-1m-m1 without ratings.dat, although its lists are not in order of time"""
+
+    def __post_init__(self):
+        positive(self, "min_item_count")
+
+
+@dataclass
+class LossConfig:
+    """Loss"""
+
+    loss: Literal["bce", "gbce", "sampled_softmax", "softmax"] = "bce"
+    """binary cross entropy (SASRec), generalised BCE (gSASRec), softmax over negatives or over all"""
+    num_negatives: int = 512
+    """N: negatives a position is compared with (softmax uses all items instead)"""
+    share_negatives: bool = True
+    """true = one draw for the whole batch (fast); false = a draw for every position (SASRec)"""
+    exclude_history: bool = False
+    """never draw an item of the user's training history; false = only the target is excluded"""
+    gbce_t: float = 0.75
+    """calibration of gbce: 0 = plain BCE, 1 = fully calibrated"""
+
+    def __post_init__(self):
+        positive(self, "num_negatives")
+        probability(self, "gbce_t")
+
+
+@dataclass
+class TrainConfig:
+    """Training"""
+
+    num_epochs: int = 20
+    """epochs 0 .. num_epochs - 1"""
+    batch_size: int = 128
+    """sequences in an optimizer step, over ALL ranks: a recipe means the same on any number of them"""
+    pad_to: Literal["longest", "max_len"] = "longest"
+    """width of a batch: its longest sequence, or always max_len (same losses, more work)"""
+    lr: float = 1e-3
+    """peak learning rate of AdamW"""
+    weight_decay: float = 0.01
+    """on the matrices of the blocks; embeddings and norms have none"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up; cosine ends at lr_min"""
+    warmup_steps: int = 100
+    """steps of linear warm-up"""
+    lr_min: float = 0.1
+    """final learning rate of the cosine, as a fraction of lr"""
+    clip_norm: float = 1.0
+    """largest norm of the gradient; 0 = no clipping"""
+    grad_accum_steps: int = 1
+    """cut each batch into this many passes to save memory; the result is the same"""
+    patience: int = 0
+    """stop after this many epochs without a better validation NDCG@10; 0 = never"""
+    seed: int = 0
+    """of initial weights, order, dropout and negatives"""
+    compile: bool = False
+    """torch.compile the blocks (first steps take a minute)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one"""
+
+    def __post_init__(self):
+        positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
+        not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed")
+        probability(self, "lr_min", closed=True)
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation"""
+
+    filter_seen: bool = True
+    """leave items of the user's history out of the ranking"""
+    eval_batch_size: int = 256
+    """users scored at once"""
+
+    def __post_init__(self):
+        positive(self, "eval_batch_size")
+
+
+@dataclass
+class RunConfig:
+    """Run"""
+
+    eval_only: bool = False
+    """true = evaluate a checkpoint instead of training"""
+    ckpt_name: str = "best.pth"
+    """the checkpoint that eval_only reads, a file in out_dir or a path; --keep_last spares it"""
+    out_dir: str | None = None
+    """where results go [default: a new runs/<time>-<dataset>-<model>; eval_only, resume: runs/latest]"""
+    resume: str | None = None
+    """auto = go on from last.pth in out_dir, or start where there is none; or a path to a checkpoint"""
+    keep_last: int = 20
+    """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
+
+    def __post_init__(self):
+        not_negative(self, "keep_last")
+
+
+@dataclass
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    train: TrainConfig
+    eval: EvalConfig
+    run: RunConfig
+
+    def flat(self) -> dict:
+        """{name: value} over all sections."""
+        return {name: value for part in asdict(self).values() for name, value in part.items()}
+
+
+SECTIONS = {field.name: field.type for field in fields(Config)}
+
+
+def build_config(values: dict) -> Config:
+    """Config from {name: value}; what is missing keeps its default. Raises UserError."""
+    return Config(
+        **{
+            section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+            for section, cls in SECTIONS.items()
+        }
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> dict:
+    """{name: value} of what the user SAID, in a YAML file (`--config`) or in flags. Raises UserError."""
+    parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the names below")
+    for cls in SECTIONS.values():
+        parser.add_class_arguments(cls, None, as_group=True)
+    try:
+        said = vars(parser.parse_args(argv, defaults=False))
+    except (ArgumentError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(" ".join(lines) + " (python main.py --help lists all flags)") from None
+    said.pop("config", None)
+    return said
+
+
+def positive(cfg, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be greater than 0")
+
+
+def not_negative(cfg, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
+
+
+def probability(cfg, name: str, closed: bool = False) -> None:
+    value = getattr(cfg, name)
+    if not (0 <= value < 1 or (closed and value == 1)):
+        raise UserError(f"--{name}={value} must be between 0 and 1")

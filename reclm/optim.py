@@ -1,0 +1,32 @@
+"""Parameter groups, the optimizer and its schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from reclm.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101). Weight decay acts on the matrices of the blocks only: embedding rows of
+    rare items would fade between their few updates, and norm gains belong near 1."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() >= 2 and "embedding" not in name
+        (decayed if matrix else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    # beta2 = .98: with .999 the variance still remembers the first steps after a whole short run.
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
+    """Rate at optimizer step 0 .. total_steps - 1: linear warm-up times a cosine down to lr_min * lr."""
+    warmup = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    if cfg.schedule == "constant":
+        return cfg.lr * warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    return cfg.lr * warmup * (cfg.lr_min + (1 - cfg.lr_min) * cosine)

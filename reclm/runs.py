@@ -1,0 +1,174 @@
+"""The folder of a run: which one, may it be used, and what is said about it."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from reclm import dist
+from reclm.checkpoint import load_checkpoint
+from reclm.config import SECTIONS, Config
+from reclm.errors import UserError
+from reclm.metrics import CUTOFFS
+
+ROOT = Path("runs")
+LATEST = ROOT / "latest"
+
+
+def chosen_dir(said: dict) -> Path:
+    """--out_dir, or the run that runs/latest points at. Raises UserError where there is none."""
+    folder = Path(said.get("out_dir") or LATEST)
+    if not folder.is_dir():
+        raise UserError(f"no run in {folder}: train first (--eval_only=false) or name an --out_dir")
+    return folder.resolve() if folder == LATEST else folder
+
+
+def find_resume(said: dict) -> tuple[dict | None, Path | None]:
+    """(state, path) of the checkpoint to go on from; (None, None) for a new run, (None, folder) for a
+    run that was to go on but had not saved anything yet. Raises UserError."""
+    resume = said.get("resume")
+    if resume is None:
+        return None, None
+    if resume != "auto":
+        if not Path(resume).is_file():
+            raise UserError(f"--resume={resume}: no such file; use --resume=auto or the path of a .pth")
+        return load_checkpoint(Path(resume)), Path(resume)
+    folder = Path(said.get("out_dir") or LATEST)
+    if not folder.is_dir():
+        return None, None  # nothing to go on from: the same command starts and restarts a run
+    if folder == LATEST:
+        folder = folder.resolve()
+    last = folder / "last.pth"
+    return (load_checkpoint(last), last) if last.is_file() else (None, folder)
+
+
+def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
+    """Make the folder of this run, write the resolved settings, point runs/latest at it.
+
+    A folder that holds another run is never used. Raises UserError."""
+    if resumed is not None and cfg.run.out_dir is None:
+        folder = resumed if resumed.is_dir() else resumed.parent
+    elif cfg.run.out_dir is not None:
+        folder = Path(cfg.run.out_dir)
+    else:
+        folder = new_dir(f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{cfg.model.model_name}")
+    goes_on = resumed is not None and folder in (resumed, resumed.parent)
+    if goes_on and resumed.is_file() and resumed.name != "last.pth" and (folder / "last.pth").exists():
+        raise UserError(f"{folder} has gone on after {resumed.name}: give this run an --out_dir of its own")
+    if not goes_on and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"--out_dir={folder} is not empty and nothing there is overwritten: "
+            "go on with --resume=auto or choose another --out_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(cfg))
+    if folder.parent == ROOT:
+        point_latest(folder)
+    return folder
+
+
+def new_dir(name: str) -> Path:
+    """Create runs/<name>, with a number behind it where two runs start in the same second."""
+    ROOT.mkdir(exist_ok=True)
+    for number in range(1, 1000):
+        folder = ROOT / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError(f"too many runs called {name}")
+
+
+def point_latest(folder: Path) -> None:
+    work = ROOT / f".latest-{os.getpid()}"
+    work.unlink(missing_ok=True)
+    work.symlink_to(folder.name)
+    os.replace(work, LATEST)  # never a moment without runs/latest
+
+
+def dump_config(cfg: Config) -> str:
+    """The resolved settings as YAML that --config reads again (without the folder of this run)."""
+    parts = []
+    for section, cls in SECTIONS.items():
+        if section != "run":
+            parts.append(f"# {cls.__doc__}\n" + yaml.safe_dump(vars(getattr(cfg, section)), sort_keys=False))
+    return "\n".join(parts)
+
+
+def describe_data(dataset) -> str:
+    lines = [
+        f"data: {dataset.name}, {dataset.num_users:,} users ({len(dataset.evaluated):,} evaluated), "
+        f"{dataset.num_items:,} items, {len(dataset.item_ids):,} interactions",
+        f"protocol: {dataset.protocol}",
+    ]
+    return "\n".join(lines + [f"NOTE: {note}" for note in dataset.notes])
+
+
+def describe_model(model: torch.nn.Module, num_steps: int, num_tokens: int) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    device = next(model.parameters()).device
+    return (
+        f"model: {model.cfg.model_name}, {size:,} parameters on {dist.world_size()} rank(s) of {device}; "
+        f"an epoch is {num_steps} steps, {num_tokens:,} targets"
+    )
+
+
+def describe_run(cfg: Config, dataset) -> dict:
+    """What a number needs beside it to be made again."""
+    return {
+        "dataset": dataset.name,
+        "protocol": dataset.protocol,
+        "filter_seen": cfg.eval.filter_seen,
+        "num_users": len(dataset.evaluated),
+        "num_items": dataset.num_items,
+        "model_name": cfg.model.model_name,
+        "loss": cfg.loss.loss,
+        "seed": cfg.train.seed,
+        "world_size": dist.world_size(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": commit(),
+        "command": " ".join(sys.argv),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
+
+
+def commit() -> str:
+    """Hash of the code's commit, "-dirty" when files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    if name.returncode:
+        return "unknown"
+    return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def format_metrics(title: str, metrics: dict[str, float], filter_seen: bool) -> str:
+    """A small table: one column a cut-off."""
+    seen = "seen items left out" if filter_seen else "seen items kept in"
+    rows = [f"\n{title} (all users x all items, {seen})"]
+    rows.append("K".rjust(8) + "".join(f"{k:>9}" for k in CUTOFFS))
+    for name in ("HR", "NDCG"):
+        rows.append(f"{name}@K".rjust(8) + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in CUTOFFS))
+    return "\n".join([*rows, "MRR".rjust(8) + f"{metrics['MRR']:9.4f}"])
+
+
+def describe_files(out_dir: Path) -> str:
+    names = {
+        "checkpoints": "epoch_N.pth, best.pth, last.pth",
+        "settings": "config.yaml",
+        "result": "result.json",
+        "every epoch": "metrics.jsonl",
+        "curves": "curves.png",
+        "TensorBoard": "tensorboard/ (tensorboard --logdir runs)",
+    }
+    return f"\nin {out_dir}/\n" + "\n".join(f"  {what:12} {name}" for what, name in names.items())

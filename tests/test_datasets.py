@@ -1,0 +1,519 @@
+"""Finding, downloading and reading data sets: offline, save for a server on 127.0.0.1."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reclm import datasets
+from reclm.datasets import find_dataset, read_dataset
+from reclm.errors import UserError
+
+NO_NETWORK = "http://127.0.0.1:9"  # nothing listens on the discard port
+RATINGS = "1::10::5::100\n2::10::3::50\n1::7::4::90\n"
+ML_1M = {
+    "ml-1m/ratings.dat": RATINGS.encode(),
+    "ml-1m/users.dat": b"1::F::1::10::04806\n2::M::56::16::70072\n",
+    "ml-1m/movies.dat": b"7::Caf\xe9: Two (1990)::Drama\n10::A (1995)::Comedy|War\n",  # latin-1
+}
+WHEEL = {  # of each file one row, but for the interactions
+    "inter": "user_id:token item_id:token rating:float timestamp:float\n"
+    "196 242 3 881250949\n186 302 3 891717742\n",
+    "item": "item_id:token movie_title:token_seq release_year:token class:token_seq\n"
+    "242 Kolya 1996 Comedy_Drama\n",
+    "user": "user_id:token age:token gender:token occupation:token zip_code:token\n"
+    "196 49 M writer 05105\n",
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `server.files`, as GroupLens (with Range) and the Hugging Face hub do."""
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        body = self.server.files.get(self.path)
+        asked = self.headers.get("Range")
+        self.server.log.append((self.command, self.path, asked))
+        if body is None:
+            return self.send_error(404)
+        start = int(re.findall(r"\d+", asked)[0]) if asked and self.server.ranges else 0
+        if start and start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body[start:][: self.server.cut_after])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A file server in a thread that GroupLens' url and HF_ENDPOINT lead to."""
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.files, web.log, web.ranges, web.cut_after = {}, [], True, None
+    threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{web.server_port}"
+    monkeypatch.setenv("RECLM_GROUPLENS_URL", url)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setenv("RECLM_GROUPLENS_URL", NO_NETWORK)
+    monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK)
+
+    def failing_pip(args):
+        raise UserError("cannot get the wheel (pip sees no network)")
+
+    monkeypatch.setattr(datasets, "run_pip", failing_pip)
+
+
+def zipped(files):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def serve_ml_1m(server, monkeypatch, **extra):
+    """Offer a small ml-1m.zip with the right checksum; return its bytes."""
+    body = zipped({**ML_1M, "ml-1m/README": os.urandom(100_000), "../evil": b"x", **extra})
+    server.files["/ml-1m.zip"] = body
+    monkeypatch.setitem(datasets.GROUPLENS_MD5, "ml-1m.zip", hashlib.md5(body).hexdigest())
+    return body
+
+
+def fake_wheel(monkeypatch):
+    """Let `run_pip` deliver a small wheel; return the list of the calls that it gets."""
+    folder = "recbole/dataset_example/ml-100k/ml-100k"
+    files = {f"{folder}.{k}": v.replace(" ", "\t").replace("_D", " D") for k, v in WHEEL.items()}
+    body, calls = zipped({**files, "recbole/evil.py": "raise SystemExit"}), []
+
+    def pip(args):
+        calls.append(args)
+        Path(args[args.index("-d") + 1], "recbole-1.2.1-py3-none-any.whl").write_bytes(body)
+
+    monkeypatch.setattr(datasets, "run_pip", pip)
+    monkeypatch.setattr(datasets, "WHEEL_SHA256", hashlib.sha256(body).hexdigest())
+    return calls
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def visible_files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name[0] != ".")
+
+
+def rows(data):
+    return data.interactions.to_numpy().tolist()
+
+
+# ---------------------------------------------------------------- GroupLens
+
+
+def test_download_and_read_ml_1m(server, monkeypatch, tmp_path):
+    serve_ml_1m(server, monkeypatch)
+    source = find_dataset("ml-1m", tmp_path)
+    data = read_dataset(source)
+    assert rows(data) == [[1, 10, 5, 100], [2, 10, 3, 50], [1, 7, 4, 90]]  # file order
+    assert list(data.interactions) == ["user", "item", "rating", "timestamp"]
+    assert (data.interactions.dtypes == "int64").all()
+    assert data.users.zip.tolist() == ["04806", "70072"]
+    assert data.items.title.tolist() == ["Café: Two (1990)", "A (1995)"]
+    assert source.protocol.startswith("P2") and source.notes == ()
+    names = ["ml-1m", "ml-1m/movies.dat", "ml-1m/ratings.dat", "ml-1m/users.dat"]
+    assert visible_files(tmp_path) == names  # nothing else out of the zip, no part file
+    assert not (tmp_path.parent / "evil").exists()
+    server.files.clear()
+    assert find_dataset(None, tmp_path) == source  # now local: no request
+    assert len(server.log) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_killed_download_resumes(server, monkeypatch, tmp_path, ranges):
+    body = serve_ml_1m(server, monkeypatch)
+    server.cut_after, server.ranges = 70_000, ranges
+    with pytest.raises(UserError, match="connection lost after 70,000 of .*run again to resume"):
+        find_dataset("ml-1m", tmp_path)
+    assert visible_files(tmp_path) == ["ml-1m.zip.part"]
+    server.cut_after = None
+    data = read_dataset(find_dataset("ml-1m", tmp_path))
+    assert len(data.interactions) == 3
+    assert server.log[-1] == ("GET", "/ml-1m.zip", "bytes=70000-")
+    assert not (tmp_path / "ml-1m.zip.part").exists() and len(body) > 100_000
+
+
+def test_complete_part_file_is_not_downloaded_again(server, monkeypatch, tmp_path):
+    write(tmp_path / "ml-1m.zip.part", serve_ml_1m(server, monkeypatch))
+    assert len(read_dataset(find_dataset("ml-1m", tmp_path)).interactions) == 3
+
+
+def test_wrong_md5_is_refused_and_removed(server, monkeypatch, tmp_path):
+    body = serve_ml_1m(server, monkeypatch)
+    monkeypatch.setitem(datasets.GROUPLENS_MD5, "ml-1m.zip", "f" * 32)
+    with pytest.raises(UserError) as caught:
+        find_dataset("ml-1m", tmp_path)
+    assert "f" * 32 in str(caught.value) and hashlib.md5(body).hexdigest() in str(caught.value)
+    assert visible_files(tmp_path) == []
+
+
+def test_killed_extraction_leaves_nothing_that_looks_whole(server, monkeypatch, tmp_path):
+    serve_ml_1m(server, monkeypatch)
+
+    def killed(packed, out):
+        out.write(packed.read(5))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets.shutil, "copyfileobj", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_dataset("ml-1m", tmp_path)
+    assert visible_files(tmp_path) == ["ml-1m", "ml-1m.zip.part"]
+
+
+def test_two_runs_download_once(server, monkeypatch, tmp_path):
+    serve_ml_1m(server, monkeypatch)
+    runs = [threading.Thread(target=find_dataset, args=("ml-1m", tmp_path)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(server.log) == 1 and (tmp_path / "ml-1m/ratings.dat").exists()
+
+
+def test_no_network_says_where_to_put_the_files(no_network, tmp_path):
+    with pytest.raises(UserError, match="cannot download http.*refused.*put the files into"):
+        find_dataset("ml-1m", tmp_path)
+
+
+def test_unwritable_data_dir(tmp_path):
+    blocked = write(tmp_path / "a_file", "") / "data"
+    with pytest.raises(UserError, match="cannot write into"):
+        find_dataset("ml-1m", blocked)
+
+
+# ---------------------------------------------------------------- MovieLens-100K and the automatic
+
+
+def test_ml_100k_download(server, monkeypatch, tmp_path):
+    flags = "|".join("1" if i in (5, 8) else "0" for i in range(19))
+    body = zipped(
+        {
+            "ml-100k/u.data": "196\t242\t3\t881250949\n",
+            "ml-100k/u.user": "196|49|M|writer|05105\n",
+            "ml-100k/u.item": f"242|Kolya (1996)|24-Jan-1997||http://x|{flags}\n",
+        }
+    )
+    server.files["/ml-100k.zip"] = body
+    monkeypatch.setitem(datasets.GROUPLENS_MD5, "ml-100k.zip", hashlib.md5(body).hexdigest())
+    data = read_dataset(find_dataset("ml-100k", tmp_path))
+    assert rows(data) == [[196, 242, 3, 881250949]]
+    assert data.users.iloc[0].to_dict() == {
+        "user": 196, "age": 49, "gender": "M", "occupation": "writer", "zip": "05105"
+    }  # fmt: skip
+    assert data.items.to_numpy().tolist() == [[242, "Kolya (1996)", "Comedy|Drama"]]
+
+
+def test_ml_100k_from_the_wheel(no_network, monkeypatch, tmp_path):
+    calls = fake_wheel(monkeypatch)
+    data = read_dataset(find_dataset("ml-100k", tmp_path))
+    assert rows(data) == [[196, 242, 3, 881250949], [186, 302, 3, 891717742]]
+    assert data.items.to_numpy().tolist() == [[242, "Kolya (1996)", "Comedy|Drama"]]
+    assert data.users.zip.tolist() == ["05105"]
+    assert "recbole==1.2.1" in calls[0] and "--no-deps" in calls[0]
+    assert [Path(name).name for name in visible_files(tmp_path)] == [
+        "ml-100k-recbole", "ml-100k.inter", "ml-100k.item", "ml-100k.user"
+    ]  # fmt: skip
+
+
+def test_wrong_wheel_is_refused(no_network, monkeypatch, tmp_path):
+    fake_wheel(monkeypatch)
+    monkeypatch.setattr(datasets, "WHEEL_SHA256", "f" * 64)
+    with pytest.raises(UserError, match="wrong checksum of recbole.*" + "f" * 64):
+        find_dataset("ml-100k", tmp_path)
+    assert visible_files(tmp_path) == []
+
+
+def test_automatic_order(no_network, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="ml-1m: cannot download.*ml-100k: .*pip sees no network"):
+        find_dataset(None, tmp_path)
+    calls = fake_wheel(monkeypatch)
+    source = find_dataset(None, tmp_path)
+    assert (source.name, source.reader) == ("ml-100k", "recbole-100k")
+    assert re.search("cannot be downloaded: training on MovieLens-100K instead", source.notes[0])
+    assert "refused" in source.notes[0]
+    find_dataset(None, tmp_path)
+    assert len(calls) == 1  # the copy in data_dir comes before pip
+    write(tmp_path / "ml-100k" / "u.data", "1\t2\t3\t4\n")
+    source = find_dataset(None, tmp_path)
+    assert source.reader == "grouplens-100k" and "MovieLens-100K" in source.notes[0]
+    write(tmp_path / "ml-1m" / "ratings.dat", RATINGS)
+    source = find_dataset(None, tmp_path)
+    assert (source.name, source.notes) == ("ml-1m", ())
+    assert read_dataset(source).users is None  # side tables are optional
+
+
+def test_run_pip_reports_the_last_line():
+    with pytest.raises(UserError, match="pip download .*nonsense"):
+        datasets.run_pip(["nonsense"])
+
+
+# ---------------------------------------------------------------- other forms of MovieLens-1M
+
+
+def test_sasrec_file(tmp_path):
+    with pytest.raises(UserError, match="pmixer/SASRec.pytorch.*--min_item_count=5"):
+        find_dataset("ml-1m-sasrec", tmp_path)
+    write(tmp_path / "ml-1m/sasrec/ml-1m.txt", "1 2\n1 1\n2 2\n")
+    source = find_dataset("ml-1m-sasrec", tmp_path)
+    assert source.protocol.startswith("P3")
+    assert rows(read_dataset(source)) == [[1, 2], [1, 1], [2, 2]]
+
+
+def serve_m1(server, monkeypatch):
+    """Three users 1, 2, 10 and three items 5, 50, 6 (as text: 1, 10, 2 and 5, 50, 6), all rated."""
+    lists = {"train": [[0], [0], [0]], "validation": [[2], [2], [2]], "test": [[1], [1], []]}
+    monkeypatch.setattr(datasets, "M1_MIN_COUNT", 2)
+    for part, content in lists.items():
+        body = json.dumps(content).encode()
+        path = f"/datasets/reczoo/Movielens1M_m1/resolve/main/{part}_data.json"
+        server.files[path] = body
+        monkeypatch.setitem(datasets.M1_MD5, f"{part}_data.json", hashlib.md5(body).hexdigest())
+
+
+M1_RATINGS = (
+    "2::6::1::9\n1::50::2::8\n1::5::3::7\n10::5::4::6\n2::5::5::5\n10::50::1::4\n10::6::2::3\n"
+    "1::6::3::2\n3::6::4::1\n"  # user 3 has one rating: not in the core
+)
+
+
+def test_m1_from_the_hub_joined_with_ratings(server, monkeypatch, tmp_path):
+    serve_m1(server, monkeypatch)
+    with pytest.raises(UserError, match="not chronological.*--unordered_ok=true"):
+        find_dataset("ml-1m-m1", tmp_path)
+    write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS)
+    source = find_dataset("ml-1m-m1", tmp_path)
+    assert source.files[-1].name == "ratings.dat" and len(source.files) == 4
+    expected = [[int(v) for v in line.split("::")] for line in M1_RATINGS.split()[:8]]
+    assert rows(read_dataset(source)) == expected
+    write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS.replace("2::6::1", "2::50::1"))
+    with pytest.raises(UserError, match="not the ratings.dat of ml-1m-m1"):
+        read_dataset(source)
+
+
+def test_m1_unordered(server, monkeypatch, tmp_path):
+    serve_m1(server, monkeypatch)
+    source = find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
+    assert "NOT chronological" in source.protocol and source.notes
+    data = read_dataset(source).interactions.sort_values("user", kind="stable")
+    assert data.to_numpy().tolist() == [
+        [0, 0],
+        [0, 2],
+        [0, 1],
+        [1, 0],
+        [1, 2],
+        [1, 1],
+        [2, 0],
+        [2, 2],
+    ]
+    write(source.files[0], "[[1]]")
+    with pytest.raises(UserError, match="wrong checksum.*train_data.json"):
+        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
+
+
+def test_m1_download_failures(server, monkeypatch, tmp_path):
+    serve_m1(server, monkeypatch)
+    monkeypatch.setitem(datasets.M1_MD5, "test_data.json", "f" * 32)
+    with pytest.raises(UserError, match="wrong checksum"):
+        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
+    monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub client waits and retries
+    with pytest.raises(UserError, match="cannot download reczoo/Movielens1M_m1/train_data.json"):
+        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
+    assert visible_files(tmp_path / "ml-1m/reczoo_m1") == []
+
+
+# ---------------------------------------------------------------- the user's own tables
+
+
+def test_own_csv_keeps_ids_as_written(tmp_path):
+    text = '\ufeffitem,title,user,timestamp\n007,"A, ""B""\nC",NA,1.5\n\n7,,01,2\n'
+    source = find_dataset(str(write(tmp_path / "mine.csv", text)), "unused")
+    assert (source.name, source.notes) == ("mine", ())
+    data = read_dataset(source).interactions
+    assert data[["user", "item", "timestamp"]].to_numpy().tolist() == [
+        ["NA", "007", 1.5], ["01", "7", 2.0]
+    ]  # fmt: skip
+
+
+def test_own_tsv_without_timestamp_says_so(tmp_path):
+    source = find_dataset(str(write(tmp_path / "mine.tsv", "user\titem\n1\t2\n")), "unused")
+    assert "order of its rows is taken" in source.notes[0] and "file order" in source.protocol
+    assert rows(read_dataset(source)) == [["1", "2"]]
+
+
+@pytest.mark.parametrize("ids", [["01", "1"], [3, 4], pd.Categorical(["01", "1"])])
+def test_own_parquet(tmp_path, ids):
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "mine.parquet"
+    pd.DataFrame({"user": ids, "extra": 0, "item": [5, 6], "timestamp": [1.5, 2]}).to_parquet(file)
+    data = read_dataset(find_dataset(str(file), "unused")).interactions
+    assert data.user.tolist() == list(ids) and data.item.tolist() == [5, 6]
+    assert list(data) == ["user", "item", "timestamp"]
+
+
+def test_refused_files(tmp_path, monkeypatch):
+    def refused(name, content, match):
+        with pytest.raises(UserError, match=match):
+            read_dataset(find_dataset(str(write(tmp_path / name, content)), "unused"))
+
+    with pytest.raises(UserError, match="unknown data set 'ml-2m'.*ml-1m, ml-1m-sasrec"):
+        find_dataset("ml-2m", tmp_path)
+    refused("a.csv", "user,movie\n1,2\n", "columns are: user, movie")
+    refused("b.csv", "user,item,item\n1,2,3\n", "column twice")
+    refused("c.csv", "", "is empty")
+    refused("d.csv", "user,item\n", "is empty")
+    refused("e.csv", b"user,item\n\xff\xfe,2\n", "e.csv.*can't decode")
+    refused("f.csv", 'user,item\n1,"2\n', "f.csv, after line 2")
+    refused("g.parquet", "no", "not a parquet file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused("h.parquet", "no", "pip install pyarrow")
+    refused("ml.xlsx", "", "unknown data set")
+
+
+# ---------------------------------------------------------------- bad rows
+
+GOOD = ("1", "2", "3", "4")
+BAD = {
+    "few": GOOD[:3],
+    "many": (*GOOD, "5"),
+    "rating": ("1", "2", "good", "4"),
+    "user": ("", "2", "3", "4"),
+    "item": ("1", "", "3", "4"),
+}
+TIMES = ("", "nan", "NaN", "noon", "-1", "inf", "1e999", "True")
+BAD.update({f"time {text}": (*GOOD[:3], text) for text in TIMES})
+FORMATS = {  # separator, header, where the file goes, name of the data set
+    "1m": ("::", "", "ml-1m/ratings.dat", "ml-1m"),
+    "100k": ("\t", "", "ml-100k/u.data", "ml-100k"),
+    "recbole": ("\t", "u\ti\tr\tt\n", "ml-100k-recbole/ml-100k.inter", "ml-100k"),
+    "csv": (",", "user,item,rating,timestamp\n", "mine.csv", None),
+    "tsv": ("\t", "user\titem\trating\ttimestamp\n", "mine.tsv", None),
+}
+
+
+@pytest.mark.parametrize("where", [0, 2])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("form", FORMATS)
+def test_bad_row_is_named(tmp_path, form, bad, where):
+    sep, header, place, name = FORMATS[form]
+    lines = [GOOD, GOOD, GOOD]
+    lines[where] = BAD[bad]
+    # the blank line checks that lines are counted, not rows
+    file = write(tmp_path / place, header + "\n" + "\n".join(map(sep.join, lines)) + "\n")
+    line = 2 + where + bool(header)
+    with pytest.raises(UserError, match=re.escape(f"{file}, line {line}: ")) as caught:
+        read_dataset(find_dataset(name or str(file), tmp_path))
+    assert "\n" not in str(caught.value)
+    assert ("fields" if bad in ("few", "many") else bad.split()[0][:4]) in str(caught.value)
+
+
+def test_bad_parquet_row_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    good = {"user": ["1", "2"], "item": [1, 2], "rating": [1.0, 2], "timestamp": [1.0, 2]}
+    bad = {"user": [None, ""], "item": [None, 2.5], "rating": [np.nan, "good"]}
+    bad["timestamp"] = [np.nan, -1.0, np.inf, "noon", pd.Timestamp(0)]
+    for column, values in bad.items():
+        for value in values:
+            file = tmp_path / "bad.parquet"
+            first = good[column][0] if not isinstance(value, pd.Timestamp) else value
+            first = str(first) if isinstance(value, str) else first
+            pd.DataFrame({**good, column: [first, value]}).to_parquet(file)
+            row = 1 if isinstance(value, pd.Timestamp) else 2
+            with pytest.raises(UserError, match=f"bad.parquet, row {row}: {column}"):
+                read_dataset(find_dataset(str(file), "unused"))
+
+
+def test_text_ids_are_refused_where_ids_are_numbers(tmp_path):
+    write(tmp_path / "ml-1m/ratings.dat", "1::2::3::4\nx::2::3::4\n")
+    with pytest.raises(UserError, match="line 2: user is 'x'"):
+        read_dataset(find_dataset("ml-1m", tmp_path))
+
+
+# ---------------------------------------------------------------- real data
+
+
+@pytest.fixture
+def real():
+    folder = os.environ.get("RECLM_DATA")
+    if not folder:
+        pytest.skip("RECLM_DATA does not name the folder with the real data sets")
+    return Path(folder)
+
+
+def sizes(table):
+    return len(table), table.user.nunique(), table.item.nunique()
+
+
+def test_real_ml_1m_and_sasrec(real):
+    data = read_dataset(find_dataset("ml-1m", real))
+    ratings = data.interactions
+    assert sizes(ratings) == (1_000_209, 6_040, 3_706)
+    assert (len(data.users), len(data.items)) == (6_040, 3_883)
+    sasrec = read_dataset(find_dataset("ml-1m-sasrec", real)).interactions
+    assert sizes(sasrec) == (999_611, 6_040, 3_416)
+    # The same sequences under other names: number users and items as each table first shows them.
+    ratings = ratings[ratings.groupby("item").item.transform("size") >= 5]
+    ratings = ratings.sort_values(["user", "timestamp"], kind="stable")
+    sasrec = sasrec.assign(user=original_users(real)[sasrec.user])
+    sasrec = sasrec.sort_values("user", kind="stable")
+    assert (sasrec.user.to_numpy() == ratings.user.to_numpy()).all()
+    assert (pd.factorize(sasrec.item)[0] == pd.factorize(ratings.item)[0]).all()
+
+
+def original_users(real):
+    """Array from the SASRec file's user id to GroupLens'."""
+    pairs = np.loadtxt(real / "ml-1m/sasrec/sas_to_original_users.txt", dtype="int64")
+    table = np.zeros(len(pairs) + 1, "int64")
+    table[pairs[:, 0]] = pairs[:, 1]
+    return table
+
+
+def test_real_m1(real):
+    joined = read_dataset(find_dataset("ml-1m-m1", real)).interactions
+    assert sizes(joined) == (995_154, 6_022, 3_043)
+    assert joined.timestamp.notna().all()
+
+
+def test_real_ml_100k(real):
+    data = read_dataset(find_dataset("ml-100k", real))
+    assert sizes(data.interactions) == (100_000, 943, 1_682)
+    assert (len(data.users), len(data.items)) == (943, 1_682)
