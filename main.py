@@ -66,7 +66,7 @@ def evaluate_checkpoint(said: dict) -> None:
 def build_model(cfg: Config, dataset: Dataset) -> SequenceRecommender:
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.num_items, dataset.num_users)
-    return model.to(dist.pick_device(cfg.train.device))
+    return model.to(dist.pick_device(cfg.run.device))
 
 
 @dataclass
@@ -85,21 +85,25 @@ class Progress:
 class Trainer:
     """A run in flight: what `train` wires together and the epoch loop passes on."""
 
-    def __init__(self, cfg: Config, dataset: Dataset, out_dir: Path, state: dict | None, path: Path):
-        self.cfg, self.dataset, self.out_dir = cfg, dataset, out_dir
+    def __init__(self, cfg: Config, dataset: Dataset, state: dict | None, path: Path | None):
+        self.cfg, self.dataset = cfg, dataset
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
         self.model = build_model(cfg, dataset)
         if cfg.train.compile:
             for layer in self.model.layers:
                 layer.compile(dynamic=True)  # in place: the names of the weights stay
         self.optimizer = build_optimizer(self.model, cfg.train)
-        self.progress, history = Progress(), []
+        self.progress, self.history = Progress(), []
         if state:
             checkpoint.restore_model(self.model, state, path, dataset)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.progress, history = Progress(**state["progress"]), state["history"]
+            self.progress, self.history = Progress(**state["progress"]), state["history"]
         self.parallel = dist.data_parallel(self.model)
-        self.logger = Logger(out_dir, history)
+
+    def open(self, out_dir: Path) -> None:
+        """From here on the run writes into out_dir; all that can be refused has been by now."""
+        self.out_dir = out_dir
+        self.logger = Logger(out_dir, self.history)
         self.stop = dist.StopRequest()
         self.started = time.time() - self.progress.seconds
 
@@ -109,7 +113,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
-            "history": self.logger.history,
+            "history": self.history,
             "config": self.cfg.flat(),
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
@@ -126,20 +130,20 @@ def train(said: dict) -> None:
     cfg = build_config(said)
     dataset = load_dataset(cfg.data)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
-    out_dir = dist.on_main(lambda: runs.claim_dir(cfg, dataset.name, path))
     say(runs.describe_data(dataset))
-    run = Trainer(cfg, dataset, out_dir, state, path)
+    run = Trainer(cfg, dataset, state, path)
+    run.open(dist.on_main(lambda: runs.claim_dir(cfg, dataset.name, path)))
     say(runs.describe_model(run.model, len(run.batches), run.batches.num_tokens))
-    say(f"results go to {out_dir}")
+    say(f"results go to {run.out_dir}")
     if state:
         say(f"going on from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
     for epoch in range(run.progress.epoch, cfg.train.num_epochs):
-        row = train_epoch(run, epoch)
-        row |= validate(run, epoch)
-        finish_epoch(run, row)
         if cfg.train.patience and run.progress.bad_epochs >= cfg.train.patience:
             say(f"no better validation NDCG@10 for {cfg.train.patience} epochs: stopping early")
             break
+        row = train_epoch(run, epoch)
+        row |= validate(run, epoch)
+        finish_epoch(run, row)
     run.logger.close()
     report(run)
 
@@ -150,7 +154,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     num_steps = len(run.batches)
     run.model.train()
     run.logger.start_epoch(epoch, num_steps, progress.step)
-    begin, tokens = time.time(), 0
+    begin, tokens, speed, lr = time.time(), 0, 0.0, 0.0
     for step, (micro_batches, num_targets) in run.batches.epoch(epoch, progress.step):
         checkpoint.seed_step(cfg.seed, epoch, step)
         lr = learning_rate(epoch * num_steps + step, cfg.num_epochs * num_steps, cfg)
@@ -240,8 +244,8 @@ def finish_epoch(run: Trainer, row: dict) -> None:
     )
     names = [f"epoch_{epoch}.pth", "last.pth"] + ["best.pth"] * better
     run.save(*names)
-    keep = run.cfg.run
-    dist.on_main(lambda: checkpoint.prune(run.out_dir, keep.keep_last, keep.ckpt_name))
+    keep, spare = run.cfg.train.keep_last, run.cfg.run.ckpt_name
+    dist.on_main(lambda: checkpoint.prune(run.out_dir, keep, spare))
 
 
 def report(run: Trainer) -> None:

@@ -5,6 +5,7 @@ The text under each field is its help text (`python main.py --help`).
 """
 
 import math
+import re
 from argparse import ArgumentError
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
@@ -89,7 +90,7 @@ class LossConfig:
 
     loss: Literal["bce", "gbce", "sampled_softmax", "softmax"] = "bce"
     """binary cross entropy (SASRec), generalised BCE (gSASRec), softmax over negatives or over all"""
-    num_negatives: int = 512
+    num_negatives: int = 1024
     """N: negatives a position is compared with (softmax uses all items instead)"""
     share_negatives: bool = True
     """true = one draw for the whole batch (fast); false = a draw for every position (SASRec)"""
@@ -100,7 +101,11 @@ class LossConfig:
 
     def __post_init__(self):
         positive(self, "num_negatives")
-        probability(self, "gbce_t")
+        probability(self, "gbce_t", closed=True)
+        if self.exclude_history and self.loss == "softmax":
+            raise UserError(
+                "--exclude_history=true has no effect with --loss=softmax, which draws no negatives"
+            )
 
 
 @dataclass
@@ -109,11 +114,11 @@ class TrainConfig:
 
     num_epochs: int = 20
     """epochs 0 .. num_epochs - 1"""
-    batch_size: int = 128
+    batch_size: int = 32
     """sequences in an optimizer step, over ALL ranks: a recipe means the same on any number of them"""
     pad_to: Literal["longest", "max_len"] = "longest"
     """width of a batch: its longest sequence, or always max_len (same losses, more work)"""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """peak learning rate of AdamW"""
     weight_decay: float = 0.01
     """on the matrices of the blocks; embeddings and norms have none"""
@@ -133,12 +138,12 @@ class TrainConfig:
     """of initial weights, order, dropout and negatives"""
     compile: bool = False
     """torch.compile the blocks (first steps take a minute)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one"""
+    keep_last: int = 20
+    """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
-        not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed")
+        not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed", "keep_last")
         probability(self, "lr_min", closed=True)
 
 
@@ -157,7 +162,7 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Run"""
+    """Run: not part of a checkpoint"""
 
     eval_only: bool = False
     """true = evaluate a checkpoint instead of training"""
@@ -167,11 +172,8 @@ class RunConfig:
     """where results go [default: a new runs/<time>-<dataset>-<model>; eval_only, resume: runs/latest]"""
     resume: str | None = None
     """auto = go on from last.pth in out_dir, or start where there is none; or a path to a checkpoint"""
-    keep_last: int = 20
-    """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
-
-    def __post_init__(self):
-        not_negative(self, "keep_last")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one"""
 
 
 @dataclass
@@ -184,8 +186,10 @@ class Config:
     run: RunConfig
 
     def flat(self) -> dict:
-        """{name: value} over all sections."""
-        return {name: value for part in asdict(self).values() for name, value in part.items()}
+        """{name: value} of what belongs to the trained model: all sections but the one of this run."""
+        parts = asdict(self)
+        del parts["run"]
+        return {name: value for part in parts.values() for name, value in part.items()}
 
 
 SECTIONS = {field.name: field.type for field in fields(Config)}
@@ -210,8 +214,10 @@ def parse_args(argv: list[str] | None = None) -> dict:
     try:
         said = vars(parser.parse_args(argv, defaults=False))
     except (ArgumentError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(" ".join(lines) + " (python main.py --help lists all flags)") from None
+        # jsonargparse explains over several lines, in terms of its own; ours is one line about a flag.
+        text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
+        text = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", text)
+        raise UserError(f"{text} (python main.py --help lists all names)") from None
     said.pop("config", None)
     return said
 

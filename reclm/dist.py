@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +52,8 @@ def distributed():
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the run had anything to save
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -114,7 +115,6 @@ def on_main(function: Callable):
     if is_main():
         try:
             result = function()
-            pickle.dumps(result)
         except (UserError, OSError) as error:
             failure = UserError(str(error))
     if dist.is_initialized():

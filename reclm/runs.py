@@ -21,11 +21,20 @@ LATEST = ROOT / "latest"
 
 
 def chosen_dir(said: dict) -> Path:
-    """--out_dir, or the run that runs/latest points at. Raises UserError where there is none."""
+    """--out_dir, or the folder of a checkpoint given by its path, or the run that runs/latest points at.
+    Raises UserError where there is none."""
+    ckpt = Path(said.get("ckpt_name", ""))
+    if "out_dir" not in said and len(ckpt.parts) > 1 and ckpt.is_file():
+        return ckpt.parent
     folder = Path(said.get("out_dir") or LATEST)
     if not folder.is_dir():
         raise UserError(f"no run in {folder}: train first (--eval_only=false) or name an --out_dir")
-    return folder.resolve() if folder == LATEST else folder
+    return settle(folder)
+
+
+def settle(folder: Path) -> Path:
+    """runs/latest -> the run it points at now; another may start while this one works."""
+    return ROOT / os.readlink(folder) if folder == LATEST else folder
 
 
 def find_resume(said: dict) -> tuple[dict | None, Path | None]:
@@ -41,8 +50,7 @@ def find_resume(said: dict) -> tuple[dict | None, Path | None]:
     folder = Path(said.get("out_dir") or LATEST)
     if not folder.is_dir():
         return None, None  # nothing to go on from: the same command starts and restarts a run
-    if folder == LATEST:
-        folder = folder.resolve()
+    folder = settle(folder)
     last = folder / "last.pth"
     return (load_checkpoint(last), last) if last.is_file() else (None, folder)
 
@@ -57,10 +65,16 @@ def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
         folder = Path(cfg.run.out_dir)
     else:
         folder = new_dir(f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{cfg.model.model_name}")
-    goes_on = resumed is not None and folder in (resumed, resumed.parent)
-    if goes_on and resumed.is_file() and resumed.name != "last.pth" and (folder / "last.pth").exists():
-        raise UserError(f"{folder} has gone on after {resumed.name}: give this run an --out_dir of its own")
-    if not goes_on and folder.is_dir() and any(folder.iterdir()):
+    held = folder.is_dir() and any(folder.iterdir())
+    if resumed is None or folder not in (resumed, resumed.parent):
+        goes_on = False
+    elif resumed.is_dir():  # killed before its first checkpoint: ours, if our settings lie there
+        goes_on = (folder / "config.yaml").is_file()
+    else:
+        goes_on = True
+        if resumed.name != "last.pth" and (folder / "last.pth").exists():
+            raise UserError(f"{folder} has gone on after {resumed.name}: give this run its own --out_dir")
+    if held and not goes_on:
         raise UserError(
             f"--out_dir={folder} is not empty and nothing there is overwritten: "
             "go on with --resume=auto or choose another --out_dir"

