@@ -1,0 +1,69 @@
+"""Fixtures: a small world in which the next item is always the current one + 1."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests share the machine
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import data
+from reclm import dist
+
+torch.set_num_threads(1)
+
+NUM_USERS, NUM_ITEMS = 60, 30
+
+
+def write_csv(path, rows):
+    """Rows of (user, item, rating, timestamp) as a data set file."""
+    lines = ["user,item,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny_rows():
+    rng = np.random.default_rng(7)
+    rows = []
+    for user in range(NUM_USERS):
+        start, length = int(rng.integers(NUM_ITEMS)), int(rng.integers(3, 26))
+        for i in range(length):
+            rows.append((user, (start + i) % NUM_ITEMS, 1 + i % 5, 1000 + 10 * i))
+    return rows
+
+
+def make_dataset(histories, num_items=None, min_item_count=1):
+    """A Dataset of lists of item ids. With `num_items`, an extra user of one item each makes every id
+    1 .. num_items appear, so that ids stay as given."""
+    rows = [(user, item, t) for user, items in enumerate(histories) for t, item in enumerate(items)]
+    if num_items:
+        there = {item for items in histories for item in items}
+        missing = [item for item in range(1, num_items + 1) if item not in there]
+        rows += [(len(histories) + i, item, 0) for i, item in enumerate(missing)]
+    table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
+    meta, arrays = data.build_sequences(table, min_item_count)
+    return data.Dataset(name="made", protocol="test", **meta, **arrays)
+
+
+def as_rank(monkeypatch, rank, world):
+    """Make the program believe that this process is `rank` of `world`."""
+    monkeypatch.setattr(dist, "rank", lambda: rank)
+    monkeypatch.setattr(dist, "world_size", lambda: world)
+
+
+@pytest.fixture(scope="session")
+def tiny_csv(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("tiny") / "tiny.csv", tiny_rows())
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_csv):
+    meta, arrays = data.build_sequences(pd.read_csv(tiny_csv), 1)
+    return data.Dataset(name="tiny", protocol="test", **meta, **arrays)
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RECLM_CACHE", str(tmp_path_factory.mktemp("cache")))

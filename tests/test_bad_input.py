@@ -1,0 +1,278 @@
+"""Bad input gives ONE line, `error: ...`, that names the thing; nothing is made, changed or overwritten."""
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launch import TINY, Result, here, python, read_state, snapshot, torchrun, write_csv
+
+DATA = "--dataset=tiny.csv"
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("trained-once")
+    write_csv(cwd / "tiny.csv")
+    write_csv(cwd / "other.csv", first_item=100)
+    here(DATA, *TINY, "--num_epochs=2", cwd=cwd).ok()
+    return cwd
+
+
+@pytest.fixture
+def work(trained_once, tmp_path) -> Path:
+    """A copy of a folder with two data sets and one run."""
+    return Path(shutil.copytree(trained_once, tmp_path / "work", symlinks=True))
+
+
+def assert_refused(shown: Result, *named: str) -> None:
+    assert shown.code != 0, shown.text
+    assert len(shown.errors) == 1, shown.text
+    for name in named:
+        assert name in shown.errors[0]
+    # torchrun reports a failed rank with a traceback of its own; none may lead through our files
+    ours = re.findall(r'File ".*/(?:main|data|model|evaluate|reclm/\w+)\.py"', shown.text)
+    assert not ours, shown.text
+    if "torch.distributed.elastic" not in shown.text:
+        assert "Traceback" not in shown.text
+
+
+def rows(*lines: str) -> Callable[[Path], None]:
+    def write(work: Path) -> None:
+        header = "user,item,rating,timestamp"
+        good = ["a,1,5,1", "a,2,5,2", "a,3,5,3", "b,1,5,1"]
+        (work / "bad.csv").write_text("\n".join([header, *good, *lines]) + "\n")
+
+    return write
+
+
+def last(work: Path) -> Path:
+    return (work / "runs" / "latest").resolve() / "last.pth"
+
+
+def cut_in_half(work: Path) -> None:
+    content = last(work).read_bytes()
+    last(work).write_bytes(content[: len(content) // 2])
+
+
+def pickled_int(work: Path) -> None:
+    (work / "foreign.pth").write_bytes(pickle.dumps(5))
+
+
+def saved_dict(work: Path) -> None:
+    torch.save({"model": {"weight": torch.zeros(3)}}, work / "foreign.pth")
+
+
+def some_bytes(work: Path) -> None:
+    (work / "foreign.pth").write_bytes(bytes(range(256)) * 40)
+
+
+def empty_file(work: Path) -> None:
+    (work / "foreign.pth").touch()
+
+
+def evil_pickle(work: Path) -> None:
+    """Would make a file called pwned if it were unpickled with all powers."""
+
+    class Evil:
+        def __reduce__(self):
+            return open, ("pwned", "w")
+
+    torch.save(Evil(), work / "foreign.pth")
+
+
+def other_weights(work: Path) -> None:
+    state = read_state(last(work))
+    state["model"].pop("norm.weight")
+    torch.save(state, work / "foreign.pth")
+
+
+def changed_data(work: Path) -> None:
+    write_csv(work / "tiny.csv", num_items=26)
+
+
+def same_ids_in_another_order(work: Path) -> None:
+    header, *lines = (work / "tiny.csv").read_text().splitlines()
+    (work / "tiny.csv").write_text("\n".join([header, *(line[:-4] + str(3000 - int(line[-4:])) for line in lines)]))
+
+
+def no_runs(work: Path) -> None:
+    shutil.rmtree(work / "runs")
+
+
+def yaml_text(text: str) -> Callable[[Path], None]:
+    return lambda work: (work / "my.yaml").write_text(text)
+
+
+def nothing(work: Path) -> None:
+    pass
+
+
+EVAL = "--eval_only=true"
+FOREIGN = [EVAL, "--ckpt_name=foreign.pth"]
+CASES = {
+    # flags and settings
+    "unknown flag": (["--learning_rate=1"], nothing, ["--learning_rate"]),
+    "stray word": ([DATA, "train"], nothing, ["train"]),
+    "wrong type": ([DATA, "--dim=many"], nothing, ["dim", "many"]),
+    "float for int": ([DATA, "--num_epochs=1.5"], nothing, ["num_epochs", "1.5"]),
+    "not a boolean": ([DATA, "--eval_only=maybe"], nothing, ["eval_only", "maybe"]),
+    "no choice": ([DATA, "--loss=hinge"], nothing, ["loss", "hinge", "gbce"]),
+    "negative": ([DATA, "--lr=-1"], nothing, ["--lr=-1"]),
+    "nan setting": ([DATA, "--lr=nan"], nothing, ["--lr=nan"]),
+    "negative seed": ([DATA, "--seed=-1"], nothing, ["--seed=-1"]),
+    "huge seed": ([DATA, "--seed=99999999999999999999"], nothing, ["--seed=99999999999999999999"]),
+    "heads": ([DATA, "--dim=16", "--n_heads=3"], nothing, ["--dim=16", "--n_heads=3"]),
+    "unknown yaml key": (["--config=my.yaml"], yaml_text("dimm: 16\n"), ["dimm"]),
+    "wrong type in yaml": (["--config=my.yaml"], yaml_text("dim: many\n"), ["dim", "many"]),
+    "broken yaml": (["--config=my.yaml"], yaml_text("dim: [16\n"), ["my.yaml"]),
+    "list for yaml": (["--config=my.yaml"], yaml_text("- dim\n"), ["my.yaml"]),
+    "no yaml": (["--config=none.yaml"], nothing, ["none.yaml"]),
+    # data
+    "no data": (["--dataset=none.csv"], nothing, ["none.csv"]),
+    "no such name": (["--dataset=ml-2m"], nothing, ["ml-2m", "ml-1m"]),
+    "missing field": (["--dataset=bad.csv"], rows("c,1,5"), ["bad.csv, line 6"]),
+    "rating": (["--dataset=bad.csv"], rows("c,1,good,1"), ["bad.csv, line 6", "good"]),
+    "nan time": (["--dataset=bad.csv"], rows("c,1,5,nan"), ["bad.csv, line 6", "timestamp"]),
+    "negative time": (["--dataset=bad.csv"], rows("c,1,5,-7"), ["bad.csv, line 6", "-7"]),
+    "too short": (
+        ["--dataset=short.csv"],
+        lambda work: (work / "short.csv").write_text("user,item\na,1\na,2\nb,1\n"),
+        ["no user has 3"],
+    ),
+    "all filtered": ([DATA, "--min_item_count=1000"], nothing, ["min_item_count"]),
+    "no columns": (
+        ["--dataset=short.csv"],
+        lambda work: (work / "short.csv").write_text("a,1\na,2\n"),
+        ["short.csv", "user and item"],
+    ),
+    # checkpoints
+    "no run": ([EVAL], no_runs, ["runs/latest", "--eval_only=false"]),
+    "no such checkpoint": ([EVAL, "--ckpt_name=epoch_7.pth"], nothing,
+                           ["epoch_7.pth", "epoch_0.pth, epoch_1.pth, best.pth, last.pth"]),
+    "truncated": ([EVAL, "--ckpt_name=last.pth"], cut_in_half, ["last.pth", "truncated"]),
+    "truncated, resumed": (["--resume=auto"], cut_in_half, ["last.pth", "truncated"]),
+    "pickled int": (FOREIGN, pickled_int, ["foreign.pth", "checkpoint"]),
+    "saved dict": (FOREIGN, saved_dict, ["foreign.pth", "not a checkpoint"]),
+    "some bytes": (FOREIGN, some_bytes, ["foreign.pth", "checkpoint"]),
+    "empty file": (FOREIGN, empty_file, ["foreign.pth", "checkpoint"]),
+    "evil pickle": (FOREIGN, evil_pickle, ["foreign.pth", "checkpoint"]),
+    "other weights": (FOREIGN, other_weights, ["foreign.pth", "norm.weight"]),
+    "other data": ([EVAL, "--dataset=other.csv"], nothing, ["other.csv", "tiny.csv", "contradicts"]),
+    "changed data": ([EVAL], changed_data, ["best.pth", "fingerprint"]),
+    "changed data, resumed": (["--resume=auto", "--num_epochs=3"], changed_data, ["last.pth", "fingerprint"]),
+    "changed order": ([EVAL], same_ids_in_another_order, ["best.pth", "fingerprint"]),
+    "other dim": ([EVAL, "--dim=32"], nothing, ["--dim=32", "dim=16"]),
+    "other lr, resumed": (["--resume=auto", "--lr=0.5"], nothing, ["--lr=0.5", "lr=0.01"]),
+    "no such resume": (["--resume=none.pth"], nothing, ["none.pth"]),
+    "resume a passed point": (["--resume=runs/latest/epoch_0.pth"], nothing, ["epoch_0.pth"]),
+    # the machine
+    "no gpu": ([DATA, *TINY, "--device=cuda"], nothing, ["--device=cuda"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(work, case):
+    flags, prepare, named = CASES[case]
+    if case == "no gpu" and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    prepare(work)
+    before = snapshot(work)
+    assert_refused(here(*flags, cwd=work), *named)
+    assert snapshot(work) == before
+
+
+def test_abbreviated_flag_in_a_real_process(work):
+    before = snapshot(work)
+    shown = python(DATA, "--num_epo=1", cwd=work)
+    assert_refused(shown, "--num_epo")
+    assert shown.code == 2 and snapshot(work) == before
+
+
+def test_out_dir_of_another_run(work):
+    (work / "notes").mkdir()
+    (work / "notes" / "thesis.txt").write_text("years of work")
+    before = snapshot(work)
+    for folder, resume in (("runs/latest", []), ("notes", []), ("notes", ["--resume=auto"])):
+        shown = here(DATA, *TINY, f"--out_dir={folder}", *resume, cwd=work)
+        assert_refused(shown, f"--out_dir={folder}", "not empty")
+        assert snapshot(work) == before
+
+
+def test_out_dir_is_a_file(work):
+    before = snapshot(work)
+    assert_refused(here(DATA, *TINY, "--out_dir=tiny.csv", cwd=work), "tiny.csv")
+    assert snapshot(work) == before
+
+
+def test_broken_weights_cannot_be_evaluated(work):
+    state = read_state(last(work))
+    state["model"]["norm.weight"][3] = torch.nan
+    torch.save(state, work / "foreign.pth")
+    before = snapshot(work)
+    assert_refused(here(*FOREIGN, cwd=work), "non-finite scores to 40 user(s)", "u")
+    assert snapshot(work) == before
+
+
+# ---------------------------------------------------------------- on two ranks: still one line, and an end
+
+SLOW_MAIN_RANK = """
+import argparse, os, time
+if os.environ.get("RANK") == "0":
+    original = argparse.ArgumentParser.parse_known_args
+    def slow(*args, **kwargs):
+        time.sleep(3)
+        return original(*args, **kwargs)
+    argparse.ArgumentParser.parse_known_args = slow
+"""
+
+
+def test_two_ranks_unknown_flag_and_a_slow_main_rank(work, tmp_path):
+    """Only rank 0 speaks: if it is late, rank 1 must not end before, or torchrun kills the message."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_MAIN_RANK)
+    before = snapshot(work)
+    shown = torchrun(2, DATA, "--learning_rate=1", cwd=work, env={"PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert_refused(shown, "--learning_rate")
+    assert snapshot(work) == before
+
+
+def test_two_ranks_missing_data(work):
+    before = snapshot(work)
+    assert_refused(torchrun(2, "--dataset=none.csv", cwd=work, timeout=60), "none.csv")
+    assert snapshot(work) == before
+
+
+def test_two_ranks_out_dir_of_another_run(work):
+    before = snapshot(work)
+    shown = torchrun(2, DATA, *TINY, f"--out_dir={last(work).parent}", cwd=work, timeout=60)
+    assert_refused(shown, "--out_dir=", "not empty")
+    assert snapshot(work) == before
+
+
+def test_two_ranks_one_user(work):
+    (work / "one.csv").write_text("user,item\n" + "a,1\na,2\na,3\na,4\nb,1\n")
+    before = snapshot(work)
+    assert_refused(torchrun(2, "--dataset=one.csv", *TINY, cwd=work, timeout=60), "2 ranks", "1 users")
+    assert snapshot(work) == before
+
+
+def test_two_ranks_loss_becomes_nan(work):
+    flags = ["--lr=1e30", "--clip_norm=0", "--warmup_steps=0", "--out_dir=nan"]
+    shown = torchrun(2, DATA, *TINY, *flags, cwd=work, timeout=60)
+    assert_refused(shown, "epoch 0, step", "--lr")
+    assert "on rank" in shown.errors[0] or "overflow" in shown.errors[0]
+    assert not list((work / "nan").glob("*.pth"))
+
+
+def test_nan_later_leaves_the_saved_epochs(work):
+    """Weights that break in a run that went well so far: what was saved stays, and is readable."""
+    state = read_state(last(work))
+    state["model"]["norm.weight"][3] = torch.inf
+    torch.save(state, last(work))
+    before = {name: content for name, content in snapshot(work).items() if name.endswith(".pth")}
+    shown = here("--resume=auto", "--num_epochs=4", cwd=work)
+    assert_refused(shown, "on rank 0 at epoch 2, step 0")
+    assert {k: v for k, v in snapshot(work).items() if k.endswith(".pth")} == before

@@ -1,0 +1,524 @@
+"""Leave-one-out, batches, negatives, the cache: by hand, by brute force, over 1 to 3 ranks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import as_rank, make_dataset, write_csv
+from scipy.stats import chisquare
+
+import data
+import main
+from data import NegativeSampler, TrainBatches, build_sequences, eval_batches, load_dataset
+from model import SequenceRecommender
+from reclm import datasets
+from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from reclm.errors import UserError
+from reclm.losses import LOSSES
+
+# Users of 1, 2, 3, 5 and 300 items.
+FIVE = [[7], [1, 2], [3, 4, 5], [6, 1, 7, 2, 5], [1 + i % 8 for i in range(300)]]
+
+
+def batches_of(dataset, max_len=20, loss=None, **train):
+    train = {"batch_size": 8, "seed": 0} | train
+    return TrainBatches(dataset, max_len, loss or LossConfig(num_negatives=5), TrainConfig(**train))
+
+
+def epoch_of(batches, epoch=0, first_step=0):
+    """[(step, micro-batches, number of targets), ...]"""
+    return [(step, micro, num) for step, (micro, num) in batches.epoch(epoch, first_step)]
+
+
+def equal_batches(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def equal_epochs(one, other):
+    return len(one) == len(other) and all(
+        a[0] == b[0] and a[2] == b[2] and all(map(equal_batches, a[1], b[1])) and len(a[1]) == len(b[1])
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def rows_by_user(epoch):
+    """{user: (inputs, targets)} without padding, over all batches."""
+    rows = {}
+    for _, micro, _ in epoch:
+        for batch in micro:
+            for row, (user, length) in enumerate(zip(batch["user_ids"], batch["lengths"], strict=True)):
+                assert user.item() not in rows, "a user twice"
+                cut = [batch[name][row].tolist() for name in ("item_ids", "targets")]
+                assert not any(any(ids[length:]) for ids in cut)  # nothing but padding behind
+                rows[user.item()] = tuple(ids[:length] for ids in cut)
+    return rows
+
+
+# ---------------------------------------------------------------- split
+
+
+def test_leave_one_out_by_hand():
+    dataset = make_dataset(FIVE)
+    assert dataset.num_users == 5 and dataset.num_items == 8
+    assert dataset.lengths.tolist() == [1, 2, 3, 5, 300]
+    assert dataset.evaluated.tolist() == [2, 3, 4]
+    assert dataset.train_lengths.tolist() == [1, 2, 1, 3, 298]
+    # Users 0 and 2 have one training item: no next item to learn.
+    rows = rows_by_user(epoch_of(batches_of(dataset, max_len=4)))
+    long = FIVE[4][:298]
+    assert rows == {1: ([1], [2]), 3: ([6, 1], [1, 7]), 4: (long[-5:-1], long[-4:])}
+
+
+@pytest.mark.parametrize(("split", "held_out"), [("valid", 2), ("test", 1)])
+def test_evaluation_by_hand(split, held_out):
+    dataset = make_dataset(FIVE)
+    found = {}
+    for batch in eval_batches(dataset, split, max_len=4, batch_size=2):
+        for row, user in enumerate(batch["user_ids"].tolist()):
+            length = batch["lengths"][row]
+            seen = batch["seen_items"][batch["seen_rows"] == row].tolist()
+            assert not batch["item_ids"][row, length:].any()
+            found[user] = (batch["item_ids"][row, :length].tolist(), batch["target_ids"][row].item(), seen)
+    expected = {}
+    for user in (2, 3, 4):
+        history = FIVE[user][:-held_out]
+        expected[user] = (history[-4:], FIVE[user][-held_out], history)  # seen: ALL of the history
+    assert found == expected
+
+
+def test_no_held_out_item_is_trained_on():
+    """Items 100 + user (valid) and 200 + user (test) occur nowhere else."""
+    histories = [[1, 2, 3 + user % 3, 100 + user, 200 + user] for user in range(10)]
+    dataset = make_dataset(histories)
+    rows = rows_by_user(epoch_of(batches_of(dataset, max_len=50)))
+    trained = {item for pair in rows.values() for ids in pair for item in ids}
+    assert {int(dataset.items[item - 1]) for item in trained} == {1, 2, 3, 4, 5}
+
+
+def test_targets_are_inputs_shifted(tiny_dataset):
+    rows = rows_by_user(epoch_of(batches_of(tiny_dataset, max_len=6)))
+    for user, (inputs, targets) in rows.items():
+        first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
+        train = tiny_dataset.item_ids[first : last - 2].tolist()  # all users have 3 or more
+        whole = train[-7:]
+        assert (inputs, targets) == (whole[:-1], whole[1:])
+        assert all(target == item % 30 + 1 for item, target in zip(inputs, targets, strict=True))
+
+
+def test_sort_is_by_time_and_ties_keep_file_order():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"user": rng.integers(0, 7, 500), "item": np.arange(500)})
+    table["timestamp"] = rng.integers(0, 4, 500) * 1.5
+    table["rating"] = np.arange(500) % 5
+    _, arrays = build_sequences(table, 1)
+    expected = []
+    for user in range(7):
+        rows = [tuple(row) for row in table[table.user == user].itertuples()]
+        expected += sorted(rows, key=lambda row: row[3])  # Python's sort is stable
+    assert arrays["item_ids"].tolist() == [row[2] + 1 for row in expected]
+    assert arrays["timestamps"].tolist() == [row[3] for row in expected]
+    assert arrays["ratings"].tolist() == [row[4] for row in expected]
+    assert arrays["offsets"].tolist() == [0, *np.cumsum([sum(table.user == u) for u in range(7)])]
+
+
+def test_without_timestamps_file_order_is_time_order():
+    table = pd.DataFrame({"user": [2, 1, 2, 1, 2, 1], "item": [5, 9, 4, 8, 6, 7]})
+    _, arrays = build_sequences(table, 1)
+    assert arrays["items"][arrays["item_ids"] - 1].tolist() == [9, 8, 7, 5, 4, 6]
+    assert len(arrays["timestamps"]) == len(arrays["ratings"]) == 0
+
+
+def test_string_ids_come_back(tmp_path):
+    rows = [(f"u{u}", f"00{i}", 1, u + i) for u in range(3) for i in range(4)]
+    dataset = load_dataset(DataConfig(dataset=str(write_csv(tmp_path / "s.csv", rows))))
+    assert dataset.users.tolist() == ["u0", "u1", "u2"]
+    assert dataset.items.tolist() == ["000", "001", "002", "003"]
+    assert dataset.items[dataset.item_ids[:4] - 1].tolist() == ["000", "001", "002", "003"]
+
+
+def test_min_item_count():
+    histories = [[1, 2, 3, 4], [1, 9, 2, 3, 4], [1, 2, 8, 3]]  # 4 twice, 8 and 9 once
+    dataset = make_dataset(histories, min_item_count=3)
+    assert dataset.items.tolist() == [1, 2, 3] and dataset.lengths.tolist() == [3, 3, 3]
+    assert any("3 items with fewer than 3" in note for note in dataset.notes)
+    assert make_dataset(histories).notes == []
+    with pytest.raises(UserError, match="min_item_count"):
+        make_dataset(histories, min_item_count=4)
+
+
+def test_short_users_are_counted_in_the_notes():
+    assert any(note.startswith("2 users with fewer than 3") for note in make_dataset(FIVE).notes)
+    with pytest.raises(UserError, match="no user has 3"):
+        make_dataset([[1, 2], [3]])
+
+
+def test_fingerprint_is_of_the_mapping():
+    same = make_dataset([[1, 2, 3, 3], [4, 5, 1]])
+    assert same.fingerprint == make_dataset([[1, 2, 3], [5, 4, 1]]).fingerprint
+    assert same.fingerprint != make_dataset([[1, 2, 3], [6, 4, 1]]).fingerprint
+    assert same.fingerprint != make_dataset([[1, 2, 3], [5, 4, 1], [1, 2, 3]]).fingerprint
+
+
+# ---------------------------------------------------------------- epochs
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 59, 60, 64])
+def test_every_training_user_once_an_epoch(tiny_dataset, batch_size):
+    batches = batches_of(tiny_dataset, batch_size=batch_size)
+    epoch = epoch_of(batches)
+    users = set(np.flatnonzero(tiny_dataset.train_lengths >= 2).tolist())
+    assert rows_by_user(epoch).keys() == users
+    assert len(epoch) == len(batches) == -(-len(users) // batch_size)
+    assert [step for step, _, _ in epoch] == list(range(len(batches)))
+    sizes = [sum(len(part["lengths"]) for part in micro) for _, micro, _ in epoch]
+    assert max(sizes) <= batch_size
+    for _, micro, num_targets in epoch:
+        assert num_targets == sum((part["targets"] != 0).sum() for part in micro)
+    assert sum(num for _, _, num in epoch) == batches.num_tokens
+
+
+def test_more_than_a_pool_of_batches(tiny_dataset):
+    """Pools are 16 batches: 60 users at 2 a batch need two."""
+    epoch = epoch_of(batches_of(tiny_dataset, batch_size=2))
+    users = set(np.flatnonzero(tiny_dataset.train_lengths >= 2).tolist())
+    assert rows_by_user(epoch).keys() == users
+
+
+@pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"exclude_history": True}, {"loss": "softmax"}])
+def test_an_epoch_is_a_function_of_seed_and_number(tiny_dataset, loss):
+    loss = LossConfig(**{"num_negatives": 3} | loss)
+    first = epoch_of(batches_of(tiny_dataset, loss=loss), 4)
+    assert equal_epochs(first, epoch_of(batches_of(tiny_dataset, loss=loss), 4))
+    assert not equal_epochs(first, epoch_of(batches_of(tiny_dataset, loss=loss), 5))
+    assert not equal_epochs(first, epoch_of(batches_of(tiny_dataset, loss=loss, seed=1), 4))
+    for skipped in (1, 3, len(first)):
+        rest = epoch_of(batches_of(tiny_dataset, loss=loss), 4, first_step=skipped)
+        assert equal_epochs(first[skipped:], rest)
+
+
+def test_batches_differ_in_order_and_composition(tiny_dataset):
+    batches = batches_of(tiny_dataset)
+    composed = [batches.compose(np.random.default_rng((0, epoch))) for epoch in range(2)]
+    as_sets = [{frozenset(rows.tolist()) for rows in part} for part in composed]
+    assert as_sets[0] != as_sets[1]
+
+
+def test_similar_lengths_lie_together():
+    rng = np.random.default_rng(0)
+    histories = [[1 + i % 9 for i in range(n)] for n in rng.integers(5, 100, 400)]
+    batches = batches_of(make_dataset(histories), max_len=100, batch_size=10)
+    epoch = epoch_of(batches)
+    cells = sum(part["item_ids"].numel() for _, micro, _ in epoch for part in micro)
+    assert batches.num_tokens / cells > 0.9  # about 0.55 in random order
+
+
+def test_pad_to_max_len(tiny_dataset):
+    widths = {
+        pad_to: [micro[0]["item_ids"].shape[1] for _, micro, _ in epoch_of(batches_of(tiny_dataset, pad_to=pad_to))]
+        for pad_to in ("longest", "max_len")
+    }
+    assert set(widths["max_len"]) == {20} and min(widths["longest"]) < 20
+
+
+# ---------------------------------------------------------------- padding and parts never change a loss
+
+
+def model_for(dataset, loss, max_len=20):
+    torch.manual_seed(0)
+    cfg = ModelConfig(dim=16, max_len=max_len, n_layers=1, dropout=0.0)
+    return SequenceRecommender(cfg, loss, dataset.num_items, dataset.num_users)
+
+
+@pytest.mark.parametrize("exclude_history", [False, True])
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_padding_never_enters_the_loss(tiny_dataset, loss, exclude_history):
+    if exclude_history and loss == "softmax":
+        return  # refused: softmax draws no negatives
+    loss = LossConfig(loss=loss, num_negatives=6, exclude_history=exclude_history)
+    model = model_for(tiny_dataset, loss)
+    epochs = [epoch_of(batches_of(tiny_dataset, loss=loss, pad_to=p)) for p in ("longest", "max_len")]
+    for (_, short, num), (_, long, same) in zip(*epochs, strict=True):
+        assert num == same
+        means = [sum(model(part).item() for part in micro) / num for micro in (short, long)]
+        assert means[0] == pytest.approx(means[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_padding_never_enters_the_loss_with_own_negatives(tiny_dataset, loss):
+    """The same negatives, more padding by hand: draws for each position depend on the width."""
+    loss = LossConfig(loss=loss, num_negatives=6, share_negatives=False)
+    model = model_for(tiny_dataset, loss)
+    for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss)):
+        batch = dict(micro[0])
+        before = model(batch).item()
+        more = 20 - batch["item_ids"].shape[1]
+        for name in {"item_ids", "targets", "negatives"} & batch.keys():
+            shape = (len(batch["lengths"]), more, *batch[name].shape[2:])
+            batch[name] = torch.cat([batch[name], torch.zeros(shape, dtype=torch.long)], 1)
+        assert model(batch).item() == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_gradient_accumulation_changes_nothing(tiny_dataset, loss, share):
+    loss = LossConfig(loss=loss, num_negatives=6, share_negatives=share)
+    model = model_for(tiny_dataset, loss)
+    run = SimpleNamespace(model=model, parallel=model, optimizer=torch.optim.SGD(model.parameters()))
+    results = []
+    for parts in (1, 3):
+        step, micro, num = epoch_of(batches_of(tiny_dataset, loss=loss, grad_accum_steps=parts))[1]
+        assert len(micro) == parts
+        total = main.accumulate_gradients(run, micro, num)
+        results.append((total, [weight.grad.clone() for weight in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_more_parts_than_rows_leaves_no_empty_part(tiny_dataset):
+    for _, micro, _ in epoch_of(batches_of(tiny_dataset, batch_size=2, grad_accum_steps=5)):
+        assert 1 <= len(micro) <= 2 and all(len(part["lengths"]) for part in micro)
+
+
+# ---------------------------------------------------------------- negatives
+
+
+def draw_many(dataset, loss, users, targets, times=2000):
+    sampler, rng = NegativeSampler(dataset, loss), np.random.default_rng(0)
+    return np.stack([sampler.draw(rng, users, targets)["negatives"] for _ in range(times)])
+
+
+def test_own_negatives_are_uniform_over_all_items_but_the_target():
+    dataset = make_dataset([[1, 2, 3, 4, 5, 6]])
+    targets = np.array([[1, 4, 6]])
+    loss = LossConfig(num_negatives=4, share_negatives=False)
+    draws = draw_many(dataset, loss, np.array([0]), targets)  # (2000, 1, 3, 4)
+    for column, target in enumerate((1, 4, 6)):
+        counts = np.bincount(draws[:, 0, column].ravel(), minlength=7)
+        assert len(counts) == 7 and counts[0] == 0 and counts[target] == 0
+        others = counts[[item for item in range(1, 7) if item != target]]
+        assert chisquare(others).pvalue > 0.001
+
+
+def test_own_negatives_outside_the_history_are_uniform():
+    histories = [[2, 5, 2, 9, 1, 3], [1, 2, 3, 4, 5, 6, 7, 8, 10, 9], [7, 7], [4]]
+    dataset = make_dataset(histories, num_items=10)
+    loss = LossConfig(num_negatives=5, share_negatives=False, exclude_history=True)
+    users = np.arange(4)
+    draws = draw_many(dataset, loss, users, np.array([[5, 9], [3, 0], [7, 0], [4, 4]]))
+    trained = [{2, 5, 9}, set(range(1, 9)), {7}, {4}]  # without the last two items, if 3 or more
+    for user, history in enumerate(trained):
+        counts = np.bincount(draws[:, user].ravel(), minlength=11)
+        free = [item for item in range(1, 11) if item not in history]
+        assert len(counts) == 11 and counts.sum() == counts[free].sum()
+        assert chisquare(counts[free]).pvalue > 0.001, user
+
+
+def test_outside_the_history_by_brute_force(tiny_dataset):
+    loss = LossConfig(num_negatives=40, share_negatives=False, exclude_history=True)
+    for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss)):
+        for user, drawn in zip(micro[0]["user_ids"].tolist(), micro[0]["negatives"], strict=True):
+            first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
+            history = set(tiny_dataset.item_ids[first : last - 2].tolist())
+            assert set(drawn.ravel().tolist()) <= set(range(1, 31)) - history
+
+
+def test_shared_negatives_are_distinct_and_uniform():
+    dataset = make_dataset([[1, 2, 3, 4, 5, 6, 7, 8]])
+    draws = draw_many(dataset, LossConfig(num_negatives=3), np.array([0]), np.array([[1]]))
+    assert draws.shape == (2000, 3)
+    assert all(len(set(row)) == 3 for row in draws.tolist())
+    counts = np.bincount(draws.ravel(), minlength=9)
+    assert len(counts) == 9 and counts[0] == 0 and chisquare(counts[1:]).pvalue > 0.001
+
+
+def test_shared_negatives_are_at_most_all_items(tiny_dataset):
+    draws = draw_many(tiny_dataset, LossConfig(num_negatives=512), np.array([0]), np.array([[1]]), 2)
+    assert [sorted(row) for row in draws.tolist()] == [list(range(1, 31))] * 2
+
+
+def test_seen_negatives_by_brute_force(tiny_dataset):
+    loss = LossConfig(num_negatives=12, exclude_history=True)
+    hits = 0
+    for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss)):
+        batch = micro[0]
+        for row, user in enumerate(batch["user_ids"].tolist()):
+            first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
+            history = set(tiny_dataset.item_ids[first : last - 2].tolist())
+            expected = [item in history for item in batch["negatives"].tolist()]
+            assert batch["seen_negatives"][row].tolist() == expected
+            hits += sum(expected)
+    assert hits > 100
+
+
+def test_seen_negatives_meet_the_right_positions(tiny_dataset):
+    """`seen_negatives` has a row a sequence, the loss a row a target: model.negatives joins them."""
+    loss = LossConfig(num_negatives=12, exclude_history=True)
+    model = model_for(tiny_dataset, loss)
+    _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=loss))[0]
+    batch = micro[0]
+    valid = batch["targets"] != 0
+    _, excluded = model.negatives(batch, valid, batch["targets"][valid])
+    expected = []
+    for row in range(len(batch["lengths"])):
+        for target in batch["targets"][row][: batch["lengths"][row]].tolist():
+            pairs = zip(batch["negatives"].tolist(), batch["seen_negatives"][row].tolist(), strict=True)
+            expected.append([seen or item == target for item, seen in pairs])
+    assert excluded.tolist() == expected
+
+
+def test_softmax_needs_no_negatives(tiny_dataset):
+    _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=LossConfig(loss="softmax")))[0]
+    assert "negatives" not in micro[0] and "seen_negatives" not in micro[0]
+
+
+def test_one_item_is_refused():
+    with pytest.raises(UserError, match="only 1 item"):
+        batches_of(make_dataset([[1, 1, 1, 1], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_history_of_all_items_is_refused(share):
+    dataset = make_dataset([[1, 2, 3, 1, 2], [1, 2, 1, 3, 3]])  # user 0 trains on 1, 2, 3
+    loss = LossConfig(num_negatives=2, share_negatives=share, exclude_history=True)
+    with pytest.raises(UserError, match="user 0 has every item"):
+        batches_of(dataset, loss=loss)
+    batches_of(dataset, loss=LossConfig(num_negatives=2, share_negatives=share))
+    batches_of(dataset, loss=LossConfig(loss="softmax"))
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"exclude_history": True}])
+def test_ranks_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
+    loss = LossConfig(num_negatives=4, **loss)
+    whole = epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7))
+    parts = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        parts.append(epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7)))
+        assert [(step, num) for step, _, num in parts[-1]] == [(step, num) for step, _, num in whole]
+    for step, (_, [batch], _) in enumerate(whole):
+        pieces = [part[step][1][0] for part in parts]
+        for rank, piece in enumerate(pieces):
+            for name, tensor in batch.items():
+                shared = name == "negatives" and loss.share_negatives
+                if len(batch["lengths"]) > rank:
+                    assert torch.equal(piece[name], tensor if shared else tensor[rank::world]), name
+                else:
+                    assert not piece["targets"].any()
+        counted = sum((piece["targets"] != 0).sum() for piece in pieces)
+        assert counted == (batch["targets"] != 0).sum()
+
+
+def test_a_batch_smaller_than_the_world(tiny_dataset, monkeypatch):
+    as_rank(monkeypatch, 2, 3)
+    loss = LossConfig(num_negatives=4)
+    model = model_for(tiny_dataset, loss)
+    for _, [batch], num_targets in epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=1)):
+        assert len(batch["lengths"]) == 1 and not batch["targets"].any() and num_targets > 0
+    loss_sum = model(batch)
+    loss_sum.backward()  # the rank still takes part in the gradient: all zeros, none missing
+    assert loss_sum.item() == 0.0
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
+
+
+def test_fewer_users_than_ranks_are_refused(monkeypatch):
+    dataset = make_dataset([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 4]])  # two to train on
+    as_rank(monkeypatch, 0, 2)
+    batches_of(dataset)
+    as_rank(monkeypatch, 0, 3)
+    with pytest.raises(UserError, match="3 ranks, but only 2 users"):
+        batches_of(dataset)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeypatch, world, batch_size):
+    whole = list(eval_batches(tiny_dataset, "test", 20, batch_size))
+    parts = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        parts.append(list(eval_batches(tiny_dataset, "test", 20, batch_size)))
+    users = sorted(user for part in parts for batch in part for user in batch["user_ids"].tolist())
+    assert users == tiny_dataset.evaluated.tolist()
+    for i, batch in enumerate(whole):
+        assert equal_batches(batch, parts[i % world][i // world])
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
+    cfg = DataConfig(dataset=str(tiny_csv))
+    first = load_dataset(cfg)
+    assert (first.name, first.num_users) == ("tiny", 60)
+    # Ids of a csv are text, so rows are sorted as text: "0", "1", "10", ...
+    user = first.users.tolist().index("7")
+    ours, theirs = (slice(*d.offsets[u : u + 2]) for d, u in ((first, user), (tiny_dataset, 7)))
+    assert first.items[first.item_ids[ours] - 1].tolist() == [
+        str(item) for item in tiny_dataset.items[tiny_dataset.item_ids[theirs] - 1]
+    ]
+    assert first.timestamps[ours].tolist() == tiny_dataset.timestamps[theirs].tolist()
+
+    def fail(source):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(data, "read_dataset", fail)
+    again = load_dataset(cfg)
+    assert again.item_ids.tolist() == first.item_ids.tolist() and again.fingerprint == first.fingerprint
+    assert again.notes == first.notes and again.protocol == first.protocol
+    with pytest.raises(AssertionError, match="read again"):
+        load_dataset(DataConfig(dataset=str(tiny_csv), min_item_count=2))
+
+
+def test_changed_file_is_read_again(tmp_path):
+    rows = [(u, i, 1, i) for u in range(3) for i in range(4)]
+    file = write_csv(tmp_path / "a.csv", rows)
+    source = datasets.find_dataset(str(file), tmp_path)
+    first = data.prepare(source, 1)
+    assert data.prepare(source, 1) == first != data.prepare(source, 2)
+    write_csv(file, [*rows, (0, 9, 1, 9)])
+    second = data.prepare(source, 1)
+    assert second != first and first.exists()
+    assert len(np.load(second / "item_ids.npy")) == len(rows) + 1
+
+
+@pytest.mark.parametrize("when", ["reading", "writing"])
+def test_a_failing_prepare_leaves_nothing(tmp_path, monkeypatch, when):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("RECLM_CACHE", str(cache))
+    file = write_csv(tmp_path / "a.csv", [(u, i, 1, i) for u in range(3) for i in range(4)])
+    source = datasets.find_dataset(str(file), tmp_path)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if when == "reading":
+            patch.setattr(data, "read_dataset", fail)
+        else:
+            patch.setattr(data.json, "dumps", fail)  # after the arrays
+        with pytest.raises(OSError, match="disk full"):
+            data.prepare(source, 1)
+    assert not cache.exists() or list(cache.iterdir()) == []
+    assert data.prepare(source, 1).exists()
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_arrays_without_timestamps_load(tmp_path):
+    file = tmp_path / "plain.csv"
+    file.write_text("user,item\n" + "".join(f"{u},{i}\n" for u in range(3) for i in range(4)))
+    dataset = load_dataset(DataConfig(dataset=str(file)))
+    assert len(dataset.timestamps) == len(dataset.ratings) == 0 and len(dataset.item_ids) == 12
+    assert any("no column timestamp" in note for note in dataset.notes)
+
+
+def test_prepared_arrays_cannot_be_changed(tiny_csv):
+    dataset = load_dataset(DataConfig(dataset=str(tiny_csv)))
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.item_ids[0] = 5

@@ -1,0 +1,188 @@
+"""Ranking against brute force, over 1 to 3 ranks, and of models with a known answer."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_ITEMS, as_rank, make_dataset
+
+import evaluate as evaluation
+import main
+from data import TrainBatches
+from evaluate import evaluate, rank_users
+from model import SequenceRecommender
+from reclm.config import EvalConfig, LossConfig, ModelConfig, TrainConfig
+from reclm.errors import UserError
+from reclm.metrics import CUTOFFS
+from reclm.optim import build_optimizer, learning_rate
+
+
+def build(dataset, seed=0, loss="softmax", **changes):
+    torch.manual_seed(seed)
+    cfg = ModelConfig(**{"dim": 16, "max_len": 10, "n_layers": 1, "dropout": 0.1} | changes)
+    return SequenceRecommender(cfg, LossConfig(loss=loss), dataset.num_items, dataset.num_users)
+
+
+def histories(dataset, split):
+    """(user, history, target) of every evaluated user."""
+    held_out = {"valid": 2, "test": 1}[split]
+    for user in range(dataset.num_users):
+        items = dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
+        if len(items) >= 3:
+            yield user, items[: len(items) - held_out], items[len(items) - held_out]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("user_embedding", ["none", "explicit"])
+def test_ranks_by_brute_force(tiny_dataset, split, filter_seen, user_embedding):
+    model = build(tiny_dataset, user_embedding=user_embedding)
+    cfg = EvalConfig(filter_seen=filter_seen, eval_batch_size=7)
+    users, ranks = rank_users(model, tiny_dataset, split, cfg)
+    expected = {}
+    for user, history, target in histories(tiny_dataset, split):
+        recent = history[-10:]
+        batch = {"item_ids": [recent], "lengths": [len(recent)], "user_ids": [user]}
+        scores = model({name: torch.tensor(value) for name, value in batch.items()})[0].tolist()
+        candidates = set(range(1, NUM_ITEMS + 1)) - (set(history) if filter_seen else set()) - {target}
+        better = sum(scores[item] > scores[target] for item in candidates)
+        equal = sum(scores[item] == scores[target] for item in candidates)
+        expected[user] = 1 + better + equal / 2
+    assert dict(zip(users.tolist(), ranks.tolist(), strict=True)) == expected
+    metrics = evaluate(model, tiny_dataset, split, cfg)
+    values = np.array(list(expected.values()))
+    for k in CUTOFFS:
+        assert metrics[f"HR@{k}"] == pytest.approx((values <= k).mean())
+        assert metrics[f"NDCG@{k}"] == pytest.approx(((values <= k) / np.log2(values + 1)).mean())
+    assert metrics["MRR"] == pytest.approx((1 / values).mean())
+
+
+def test_seen_filter_matters_and_a_repeated_target_stays_a_candidate():
+    dataset = make_dataset([[1, 2, 3, 2], [3, 1, 2, 1], [4, 4, 4, 4]])
+    model = build(dataset)
+    with torch.no_grad():  # constant scores: rank = middle of the candidates
+        for weight in model.parameters():
+            weight.zero_()
+    users, ranks = rank_users(model, dataset, "test", EvalConfig(filter_seen=True))
+    # Users 0 and 1 have seen 1, 2, 3 and are asked for one of them: it and item 4 are left. User 2
+    # has seen 4 and is asked for 4: it and 1, 2, 3 are left.
+    assert dict(zip(users.tolist(), ranks.tolist(), strict=True)) == {0: 1.5, 1: 1.5, 2: 2.5}
+    _, ranks = rank_users(model, dataset, "test", EvalConfig(filter_seen=False))
+    assert ranks.tolist() == [2.5] * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_ranks_are_bit_equal_on_any_number_of_ranks(tiny_dataset, monkeypatch, batch_size):
+    """Scores too: they decide ties."""
+    model, seen = build(tiny_dataset), {}
+
+    def record(scores, target_ids):
+        seen["scores"].append(scores.clone())
+        return original(scores, target_ids)
+
+    original = evaluation.rank_of_target
+    monkeypatch.setattr(evaluation, "rank_of_target", record)
+    results = {}
+    for world in (1, 2, 3):
+        found = {}
+        for rank in range(world):
+            as_rank(monkeypatch, rank, world)
+            seen["scores"] = [torch.zeros(0, NUM_ITEMS + 1)]
+            users, ranks = rank_users(model, tiny_dataset, "valid", EvalConfig(eval_batch_size=batch_size))
+            scores = torch.cat(seen["scores"])
+            for user, value, row in zip(users.tolist(), ranks.tolist(), scores.tolist(), strict=True):
+                assert user not in found
+                found[user] = (value, row)
+        results[world] = found
+    assert results[1].keys() == set(tiny_dataset.evaluated.tolist())
+    assert results[1] == results[2] == results[3]
+
+
+def test_scores_held_at_once_are_limited(tiny_dataset, monkeypatch):
+    model = build(tiny_dataset)
+    expected = evaluate(model, tiny_dataset, "test", EvalConfig())
+    sizes = []
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    monkeypatch.setattr(evaluation, "MAX_SCORES", 4 * (NUM_ITEMS + 1))
+    assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(expected)
+    assert set(sizes) == {4}
+    monkeypatch.setattr(evaluation, "MAX_SCORES", 1)
+    assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_constant_model_ranks_in_the_middle(tiny_dataset, filter_seen):
+    model = build(tiny_dataset)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    metrics = evaluate(model, tiny_dataset, "test", EvalConfig(filter_seen=filter_seen))
+    middles = []
+    for _, history, _ in histories(tiny_dataset, "test"):
+        candidates = NUM_ITEMS - (len(set(history)) if filter_seen else 0)
+        middles.append((1 + candidates) / 2)
+    expected = np.mean([middle <= 10 for middle in middles])
+    assert metrics["HR@10"] == pytest.approx(expected)
+    assert metrics["HR@1"] == 0
+    if filter_seen:
+        assert 0 < expected < 1
+    else:
+        assert metrics["HR@20"] == 1 and expected == 0  # all at 15.5 of 30
+
+
+def test_dropout_is_off(tiny_dataset):
+    model = build(tiny_dataset, dropout=0.5).train()
+    first = rank_users(model, tiny_dataset, "valid", EvalConfig())[1]
+    model.train()
+    assert torch.equal(first, rank_users(model, tiny_dataset, "valid", EvalConfig())[1])
+
+
+def test_evaluation_leaves_no_trace(tiny_dataset):
+    model = build(tiny_dataset)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    evaluate(model, tiny_dataset, "valid", EvalConfig())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_name_the_user(tiny_dataset, value):
+    model = build(tiny_dataset, user_embedding="explicit")
+    with torch.no_grad():
+        model.user_embedding.weight[7] = value
+    with pytest.raises(UserError, match=r"non-finite scores to 1 user.*first of them 7:"):
+        evaluate(model, tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+    with torch.no_grad():
+        model.norm.weight.fill_(value)
+    with pytest.raises(UserError, match="60 user"):
+        evaluate(model, tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+
+
+def test_lost_users_are_noticed(tiny_dataset, monkeypatch):
+    as_rank(monkeypatch, 1, 2)  # without a process group the other rank's users are missing
+    with pytest.raises(AssertionError, match="of 60"):
+        evaluate(build(tiny_dataset), tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+def test_learns_the_next_item(tiny_dataset, loss):
+    cfg = TrainConfig(lr=0.01, batch_size=16, warmup_steps=10)
+    model = build(tiny_dataset, loss=loss, dim=32, dropout=0.0)
+    model.loss.num_negatives = 20
+    batches = TrainBatches(tiny_dataset, 10, model.loss, cfg)
+    optimizer = build_optimizer(model, cfg)
+    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer)
+    before = evaluate(model, tiny_dataset, "test", EvalConfig(filter_seen=False))["NDCG@10"]
+    model.train()
+    num_epochs = 30
+    for epoch in range(num_epochs):
+        for step, (micro, num_targets) in batches.epoch(epoch):
+            lr = learning_rate(epoch * len(batches) + step, num_epochs * len(batches), cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            main.accumulate_gradients(run, micro, num_targets)
+            optimizer.step()
+    after = evaluate(model, tiny_dataset, "test", EvalConfig(filter_seen=False))["NDCG@10"]
+    assert before < 0.5 and after > 0.9

@@ -1,0 +1,420 @@
+"""The user's commands from end to end: ranks, files, resume, signals. Tiny data, real processes."""
+
+import errno
+import os
+import pickle
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import (
+    TINY,
+    Running,
+    here,
+    is_running,
+    python,
+    read_json,
+    read_rows,
+    read_state,
+    snapshot,
+    torchrun,
+    write_csv,
+)
+
+import main
+from reclm import checkpoint, dist
+from reclm.errors import UserError
+
+STEPS = 40  # an epoch of the runs that are interrupted: one user a step
+LONG = [*TINY, "--dataset=tiny.csv", "--batch_size=1", "--num_epochs=4", "--out_dir=run"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder where both commands of the README have been run on two ranks."""
+    cwd = tmp_path_factory.mktemp("trained")
+    write_csv(cwd / "tiny.csv")
+    flags = ["--eval_only=false", "--dataset=tiny.csv", *TINY, "--num_epochs=16"]
+    shown = torchrun(2, *flags, cwd=cwd).ok()
+    assert shown.stdout.count("TEST, best validation epoch") == 1  # one rank speaks for all
+    shown = torchrun(2, "--eval_only=true", "--ckpt_name=epoch_15.pth", cwd=cwd).ok()
+    assert shown.stdout.count("TEST of") == shown.stdout.count("written to") == 1
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The folder of a run on two ranks that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    write_csv(cwd / "tiny.csv")
+    torchrun(2, *LONG, cwd=cwd).ok()
+    return cwd / "run"
+
+
+def run_dir(cwd: Path) -> Path:
+    return (cwd / "runs" / "latest").resolve()
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    """Weights and optimizer to the last bit, and each epoch logged once."""
+    assert read_rows(resumed) == read_rows(whole)
+    ours, theirs = read_state(resumed / "last.pth"), read_state(whole / "last.pth")
+    assert ours["model"].keys() == theirs["model"].keys()
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in ours["model"])
+    for ours_of, theirs_of in zip(
+        ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(ours_of[name], theirs_of[name]) for name in ours_of)
+
+
+# ---------------------------------------------------------------- the two commands
+
+
+def test_training_leaves_all_files(trained):
+    folder = run_dir(trained)
+    assert folder.parent == trained / "runs"
+    names = {path.name for path in folder.iterdir()}
+    wanted = {f"epoch_{n}.pth" for n in range(16)} | {"best.pth", "last.pth", "config.yaml"}
+    wanted |= {"metrics.jsonl", "result.json", "curves.png", "tensorboard", "eval-epoch_15.json"}
+    assert names == wanted
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(list((folder / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    assert [row["epoch"] for row in read_rows(folder)] == list(range(16))
+
+
+def test_result_says_what_makes_it_again(trained):
+    result = read_json(run_dir(trained) / "result.json")
+    assert result["dataset"] == "tiny" and result["world_size"] == 2 and result["seed"] == 0
+    assert "leave-one-out" in result["protocol"] and result["num_users"] == 40 and result["num_items"] == 25
+    assert result["commit"] and 0 < result["seconds"] < 100
+    rows = read_rows(run_dir(trained))
+    best = max(rows, key=lambda row: row["valid/NDCG@10"])
+    assert result["best_epoch"] == best["epoch"]
+    assert result["valid"] == {k.removeprefix("valid/"): v for k, v in best.items() if k.startswith("valid/")}
+    assert result["test"].keys() >= {"HR@10", "NDCG@10"}
+
+
+def test_it_learns(trained):
+    result = read_json(run_dir(trained) / "result.json")
+    assert result["test"]["NDCG@10"] > 0.5  # by chance: 0.18
+    rows = read_rows(run_dir(trained))
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+
+
+def test_evaluation_does_not_depend_on_ranks(trained):
+    folder = run_dir(trained)
+    two = read_json(folder / "eval-epoch_15.json")
+    assert two["world_size"] == 2
+    results = []
+    for launch in (python, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
+        launch("--eval_only=true", "--ckpt_name=epoch_15.pth", cwd=trained).ok()
+        results.append(read_json(folder / "eval-epoch_15.json"))
+    assert [result["world_size"] for result in results] == [1, 3]
+    for result in results:
+        assert result["valid"] == two["valid"] and result["test"] == two["test"]
+    here("--eval_only=true", cwd=trained).ok()  # best.pth
+    assert read_json(folder / "eval-best.json")["test"] == read_json(folder / "result.json")["test"]
+
+
+def test_a_second_training_leaves_the_first_alone(trained):
+    first = run_dir(trained)
+    before = snapshot(first)
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", cwd=trained).ok()
+    second = run_dir(trained)
+    assert second != first and {first.name, second.name, "latest"} == set(os.listdir(trained / "runs"))
+    assert snapshot(first) == before
+    (trained / "runs" / "latest").unlink()
+    (trained / "runs" / "latest").symlink_to(first.name)  # as the other tests expect
+
+
+def test_a_single_rank_of_torchrun_and_yaml_settings(tmp_path):
+    """config.yaml of a run makes the run again; flags win over it."""
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=2", "--out_dir=a", cwd=tmp_path).ok()
+    here("--config=a/config.yaml", "--out_dir=b", cwd=tmp_path).ok()
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+    here("--config=a/config.yaml", "--out_dir=c", "--num_epochs=1", "--seed=1", cwd=tmp_path).ok()
+    assert [row["epoch"] for row in read_rows(tmp_path / "c")] == [0]
+    assert read_rows(tmp_path / "c")[0]["loss"] != read_rows(tmp_path / "a")[0]["loss"]
+
+
+def test_training_does_not_depend_on_ranks(tmp_path):
+    """batch_size is that of ALL ranks; with 3 ranks, one of them has no row in any step."""
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=1", "--dropout=0", "--batch_size=2"]
+    here(*flags, "--out_dir=on1", cwd=tmp_path).ok()
+    for ranks in (2, 3):
+        torchrun(ranks, *flags, f"--out_dir=on{ranks}", cwd=tmp_path).ok()
+    one = read_state(tmp_path / "on1" / "last.pth")
+    for ranks in (2, 3):
+        other = read_state(tmp_path / f"on{ranks}" / "last.pth")
+        for name, weight in one["model"].items():
+            torch.testing.assert_close(weight, other["model"][name], rtol=0, atol=1e-4)
+        losses = [read_rows(tmp_path / name)[0]["loss"] for name in ("on1", f"on{ranks}")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+def test_resume_after_sigkill_is_exact(tmp_path, uninterrupted):
+    write_csv(tmp_path / "tiny.csv")
+    run = Running(2, *LONG, "--resume=auto", cwd=tmp_path)  # auto: a new run where there is none
+    folder = tmp_path / "run"
+    run.wait_until(lambda: saved_epoch(folder) >= 1)
+    time.sleep(0.1)  # into the middle of epoch 2
+    run.kill()
+    assert not (folder / "result.json").exists()
+    shown = torchrun(2, *LONG, "--resume=auto", cwd=tmp_path).ok()
+    assert "going on from run/last.pth: epoch 2, step 0" in shown.stdout
+    assert_same_run(folder, uninterrupted)
+    assert read_json(folder / "result.json")["test"] == read_json(uninterrupted / "result.json")["test"]
+    assert not list(folder.glob(".*"))
+
+
+def saved_epoch(folder: Path) -> int:
+    """The epoch that last.pth holds whole; -1 if there is none."""
+    try:
+        names = [path.name for path in checkpoint.epoch_files(folder) if path.samefile(folder / "last.pth")]
+    except OSError:
+        return -1
+    return int(names[-1][6:-4]) if names else -1
+
+
+def test_sigterm_to_torchrun_saves_the_middle_of_an_epoch(tmp_path, uninterrupted):
+    write_csv(tmp_path / "tiny.csv")
+    folder = tmp_path / "run"
+    run = Running(2, *LONG, cwd=tmp_path)
+    run.wait_until(lambda: saved_epoch(folder) >= 1)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    shown = run.finish(15)
+    assert shown.code != 0
+    assert shown.stdout.count("stopped at epoch") == 1
+    assert "go on with: --resume=auto --out_dir=run" in shown.stdout
+    progress = read_state(folder / "last.pth")["progress"]
+    assert progress["epoch"] == 2 and 0 < progress["step"] < STEPS
+    shown = torchrun(2, *LONG, "--resume=auto", cwd=tmp_path).ok()
+    assert f"epoch 2, step {progress['step']}" in shown.stdout
+    assert_same_run(folder, uninterrupted)
+
+
+def test_ctrl_c_in_one_process(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    here(*LONG, "--out_dir=whole", cwd=tmp_path).ok()
+    folder = tmp_path / "run"
+    run = Running(0, *LONG, cwd=tmp_path)
+    run.wait_until(lambda: saved_epoch(folder) >= 1)
+    os.killpg(run.process.pid, signal.SIGINT)
+    shown = run.finish(15)
+    assert shown.code == 128 + signal.SIGINT and "Traceback" not in shown.text
+    assert "go on with: --resume=auto --out_dir=run" in shown.stdout
+    progress = read_state(folder / "last.pth")["progress"]
+    assert progress["epoch"] == 2 and 0 < progress["step"] < STEPS
+    here(*LONG, "--resume=auto", cwd=tmp_path).ok()
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def stop_after(monkeypatch, number: int) -> None:
+    """As if SIGTERM came in that step, counted from 1."""
+    steps = []
+
+    def stopped(request) -> bool:
+        steps.append(1)
+        return len(steps) == number
+
+    monkeypatch.setattr(dist.StopRequest, "__bool__", stopped)
+
+
+@pytest.mark.parametrize("step", [1, 5])  # of 5 steps in an epoch
+def test_stopped_in_the_first_or_the_last_step_of_an_epoch(tmp_path, monkeypatch, step):
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=2"]
+    here(*flags, "--out_dir=whole", cwd=tmp_path).ok()
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert here(*flags, "--out_dir=run", cwd=tmp_path).code == 128 + signal.SIGTERM
+    here(*flags, "--out_dir=run", "--resume=auto", cwd=tmp_path).ok()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """What dist.StopRequest promises."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        request = dist.StopRequest()
+        assert not request
+        signal.raise_signal(signal.SIGINT)
+        assert request and request.signal == signal.SIGINT
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_dead_rank_takes_the_others_down(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    run = Running(2, *LONG, "--num_epochs=1000", cwd=tmp_path)
+    run.wait_until(lambda: saved_epoch(tmp_path / "run") >= 0)
+    pids = run.ranks()
+    assert sorted(pids) == [0, 1]
+    os.kill(pids[1], signal.SIGKILL)
+    shown = run.finish(20)
+    assert shown.code != 0
+    assert not any(is_running(pid) for pid in pids.values())
+    assert read_state(tmp_path / "run" / "last.pth")["progress"]["epoch"] >= 1
+
+
+# ---------------------------------------------------------------- where a run goes on
+
+
+def test_resume_auto_finds_runs_latest(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY]
+    here(*flags, "--num_epochs=1", cwd=tmp_path).ok()
+    here("--resume=auto", "--num_epochs=2", cwd=tmp_path).ok()
+    assert len(list((tmp_path / "runs").glob("2*"))) == 1
+    assert [row["epoch"] for row in read_rows(run_dir(tmp_path))] == [0, 1]
+
+
+@pytest.mark.parametrize("resume", [["--resume=auto"], ["--resume=auto", "--out_dir=runs/latest"]])
+def test_resume_auto_finds_a_named_run_through_latest(tmp_path, resume):
+    """runs/latest points at runs/mine, whose out_dir was named by the user."""
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=runs/mine", cwd=tmp_path).ok()
+    assert run_dir(tmp_path).name == "mine"
+    shown = here(*resume, "--num_epochs=2", cwd=tmp_path)
+    assert shown.code == 0, shown.text
+    assert [row["epoch"] for row in read_rows(tmp_path / "runs" / "mine")] == [0, 1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_resume_by_absolute_path(tmp_path, moved):
+    """A run goes on in the folder of its checkpoint, also after that folder was moved."""
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
+    folder = tmp_path / ("other" if moved else "run")
+    (tmp_path / "run").rename(folder)
+    shown = here(f"--resume={folder / 'last.pth'}", "--num_epochs=2", cwd=tmp_path)
+    assert shown.code == 0, shown.text
+    assert [row["epoch"] for row in read_rows(folder)] == [0, 1]
+
+
+def test_resume_with_another_out_dir_copies_nothing_over(tmp_path):
+    """From the middle of an old run into a new folder: the old one stays as it is."""
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=3", "--out_dir=old", cwd=tmp_path).ok()
+    before = snapshot(tmp_path / "old")
+    here("--resume=old/epoch_0.pth", "--out_dir=new", cwd=tmp_path).ok()
+    assert snapshot(tmp_path / "old") == before
+    assert_same_run(tmp_path / "new", tmp_path / "old")
+
+
+def test_resume_of_a_finished_run_reports_again(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
+    before = {name: content for name, content in snapshot(tmp_path / "run").items() if name.endswith(".pth")}
+    result = read_json(tmp_path / "run" / "result.json")
+    here("--resume=auto", "--out_dir=run", cwd=tmp_path).ok()
+    assert read_json(tmp_path / "run" / "result.json")["test"] == result["test"]
+    assert {k: v for k, v in snapshot(tmp_path / "run").items() if k.endswith(".pth")} == before
+
+
+@pytest.mark.parametrize("flag", ["--device=cuda", "--lr=1e30"])
+def test_a_start_that_failed_can_be_started_again(tmp_path, flag):
+    """No epoch was saved: the same command with --resume=auto, put right, must work."""
+    if flag == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=run", "--resume=auto"]
+    assert here(*flags, "--clip_norm=0", "--warmup_steps=0", flag, cwd=tmp_path).code == 2
+    here(*flags, cwd=tmp_path).ok()
+
+
+# ---------------------------------------------------------------- keeping, stopping, saving
+
+
+def test_keep_last_spares_what_is_named(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=6", "--out_dir=run"]
+    here(*flags, "--keep_last=2", "--ckpt_name=epoch_0.pth", cwd=tmp_path).ok()
+    names = {path.name for path in (tmp_path / "run").glob("*.pth")}
+    assert names == {"epoch_0.pth", "epoch_4.pth", "epoch_5.pth", "best.pth", "last.pth"}
+    assert read_state(tmp_path / "run" / "epoch_0.pth")["progress"]["epoch"] == 1
+
+
+def test_patience_stops_early(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=50", "--patience=2", "--out_dir=run"]
+    shown = here(*flags, "--lr=1e-9", "--schedule=constant", cwd=tmp_path).ok()  # nothing changes
+    assert "stopping early" in shown.stdout
+    rows = read_rows(tmp_path / "run")
+    result = read_json(tmp_path / "run" / "result.json")
+    assert len(rows) == result["best_epoch"] + 3 < 50
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("file write failed")])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
+    names = ["epoch_0.pth", "last.pth", "best.pth"]
+    checkpoint.save_checkpoint({"value": 1}, tmp_path, names)
+    before = snapshot(tmp_path)
+
+    def write_some(state, file) -> None:
+        file.write(b"some bytes")
+        raise error
+
+    monkeypatch.setattr(torch, "save", write_some)
+    for again in (names, ["epoch_1.pth", "last.pth"]):
+        with pytest.raises(UserError, match="cannot save .*--resume=auto") as caught:
+            checkpoint.save_checkpoint({"value": 2}, tmp_path, again)
+        assert "\n" not in str(caught.value)
+        assert snapshot(tmp_path) == before
+
+
+def test_saving_replaces_all_names(tmp_path):
+    checkpoint.save_checkpoint({"value": 1}, tmp_path, ["epoch_0.pth", "last.pth", "best.pth"])
+    checkpoint.save_checkpoint({"value": 2}, tmp_path, ["epoch_1.pth", "last.pth"])
+    values = {path.name: read_state(path)["value"] for path in tmp_path.iterdir()}
+    assert values == {"epoch_0.pth": 1, "best.pth": 1, "epoch_1.pth": 2, "last.pth": 2}
+
+
+def test_no_hard_links_here(tmp_path, monkeypatch):
+    """exFAT, many network and cloud mounts have none: a copy will do."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save_checkpoint({"value": 1}, tmp_path, ["epoch_0.pth", "last.pth"])
+    assert read_state(tmp_path / "last.pth")["value"] == 1
+
+
+def test_prune_and_find(tmp_path):
+    for name in ("epoch_2.pth", "epoch_10.pth", "epoch_9.pth", "best.pth", "epoch_x.pth", "epoch_1.pth.bak"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in checkpoint.epoch_files(tmp_path)] == [
+        "epoch_2.pth", "epoch_9.pth", "epoch_10.pth",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="no checkpoint nope.pth .*epoch_2.pth, epoch_9.pth, epoch_10.pth, best.pth"):
+        checkpoint.find_checkpoint("nope.pth", tmp_path)
+    assert checkpoint.find_checkpoint("epoch_9.pth", tmp_path) == tmp_path / "epoch_9.pth"
+    checkpoint.prune(tmp_path, 0, "best.pth")
+    assert len(list(tmp_path.iterdir())) == 6
+    checkpoint.prune(tmp_path, 1, str(tmp_path / "epoch_2.pth"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"epoch_2.pth", "epoch_10.pth", "best.pth", "epoch_x.pth", "epoch_1.pth.bak"}
+
+
+def test_checkpoint_holds_nothing_but_data(trained):
+    """It loads without running code, and knows all that a resumed run needs."""
+    state = checkpoint.load_checkpoint(run_dir(trained) / "last.pth")
+    assert state["progress"]["epoch"] == 16 and state["progress"]["step"] == 0
+    assert state["config"]["dim"] == 16 and state["dataset"] == "tiny"
+    assert [row["epoch"] for row in state["history"]] == list(range(16))
+    assert not any(name.startswith("module.") for name in state["model"])
+    main.Progress(**state["progress"])
+    pickle.dumps(state["config"])
+    shutil.rmtree(run_dir(trained) / "nothing", ignore_errors=True)

@@ -1,0 +1,81 @@
+"""Parameter groups and the learning rate."""
+
+import math
+
+import pytest
+import torch
+
+from model import SequenceRecommender
+from reclm.config import LossConfig, ModelConfig, TrainConfig
+from reclm.optim import build_optimizer, learning_rate
+
+
+@pytest.fixture
+def model():
+    cfg = ModelConfig(dim=16, max_len=8, n_layers=2, user_embedding="explicit")
+    return SequenceRecommender(cfg, LossConfig(), 10, 5)
+
+
+def test_only_matrices_of_the_blocks_decay(model):
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    decay = {names[id(w)]: g["weight_decay"] for g in optimizer.param_groups for w in g["params"]}
+    assert decay.keys() == set(names.values())  # every parameter, once
+    matrices = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    for name, value in decay.items():
+        assert value == (0.3 if name.split(".")[-2] in matrices else 0.0), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_step_is_adamw(model):
+    """Against AdamW (arXiv 1711.05101, algorithm 2) in float64, two steps."""
+    cfg = TrainConfig(lr=0.01, weight_decay=0.3)
+    for name in ("layers.0.attention.wq.weight", "item_embedding.weight"):
+        optimizer = build_optimizer(model, cfg)
+        weight = model.get_parameter(name)
+        expected, decay = weight.detach().double(), 0.3 if "wq" in name else 0.0
+        mean = square = torch.zeros_like(expected)
+        for t in (1, 2):
+            gradient = torch.randn_like(weight)
+            model.zero_grad()
+            weight.grad = gradient
+            optimizer.step()
+            gradient = gradient.double()
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.98 * square + 0.02 * gradient**2
+            update = mean / (1 - 0.9**t) / ((square / (1 - 0.98**t)).sqrt() + 1e-8)
+            expected = expected - cfg.lr * (update + decay * expected)
+        torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_constant_schedule_warms_up_then_stays():
+    cfg = TrainConfig(lr=0.2, schedule="constant", warmup_steps=4)
+    rates = [learning_rate(step, 10, cfg) for step in range(10)]
+    assert rates == pytest.approx([0.05, 0.1, 0.15] + [0.2] * 7)
+
+
+def test_cosine_schedule():
+    cfg = TrainConfig(lr=0.2, schedule="cosine", warmup_steps=0, lr_min=0.1)
+    rates = [learning_rate(step, 1000, cfg) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[500] == pytest.approx((0.2 + 0.02) / 2)
+    assert rates[-1] == pytest.approx(0.02, rel=1e-3)
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    for step in (100, 321):
+        expected = 0.02 + (0.2 - 0.02) * (1 + math.cos(math.pi * step / 1000)) / 2
+        assert rates[step] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rates_are_positive_and_never_above_lr(schedule):
+    for warmup in (0, 1, 7, 500):
+        cfg = TrainConfig(lr=1e-3, schedule=schedule, warmup_steps=warmup, lr_min=0.0)
+        rates = [learning_rate(step, 50, cfg) for step in range(50)]
+        assert all(0 < rate <= 1e-3 * (1 + 1e-12) for rate in rates), (warmup, rates)
+
+
+def test_lr_min_of_one_is_constant():
+    cosine = TrainConfig(schedule="cosine", lr_min=1.0)
+    constant = TrainConfig(schedule="constant")
+    for step in (0, 50, 150, 299):
+        assert learning_rate(step, 300, cosine) == pytest.approx(learning_rate(step, 300, constant))

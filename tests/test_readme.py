@@ -1,0 +1,78 @@
+"""The words of the README against the program: its commands run, its names exist."""
+
+import re
+import shlex
+
+import pytest
+from launch import MAIN, Running, python, read_json, write_csv
+
+from reclm.config import SECTIONS
+
+ROOT = MAIN.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+TRAIN = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=false"
+EVALUATE = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'"
+
+
+def flags_of(command):
+    return [word for word in shlex.split(command.partition("main.py")[2]) if word.startswith("--")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with a small MovieLens-1M in GroupLens' layout under data/."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "data" / "ml-1m").mkdir(parents=True)
+    rows = [f"{u}::{1 + (3 * u + t) % 40}::5::{1000 + t}" for u in range(1, 61) for t in range(6 + u % 9)]
+    (folder / "data" / "ml-1m" / "ratings.dat").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_first_command_is_near_the_top_and_as_typed():
+    assert COMMANDS[0] == f"pip install -r requirements.txt && {TRAIN}"
+    assert COMMANDS[1] == EVALUATE
+    assert README.splitlines().index(COMMANDS[0]) < 15
+
+
+def test_the_two_commands_of_the_readme(folder):
+    Running(2, *flags_of(TRAIN), cwd=folder).finish().ok()
+    result = read_json(folder / "runs" / "latest" / "result.json")
+    assert result["dataset"] == "ml-1m" and result["world_size"] == 2
+    shown = Running(2, *flags_of(EVALUATE), cwd=folder).finish().ok().stdout
+    evaluated = read_json(folder / "runs" / "latest" / "eval-epoch_15.json")
+    assert f"{evaluated['test']['NDCG@10']:.4f}" in shown
+
+
+def test_the_command_for_own_data(folder):
+    write_csv(folder / "clicks.csv")
+    command = next(line for line in COMMANDS if "clicks.csv" in line)
+    assert command.startswith("python main.py")
+    python(*flags_of(command), cwd=folder).ok()
+    assert read_json(folder / "runs" / "latest" / "result.json")["dataset"] == "clicks"
+
+
+def test_every_command_is_tried_or_is_the_test_command():
+    known = {COMMANDS[0], COMMANDS[1], "pip install -r requirements-dev.txt && pytest"}
+    assert {line for line in COMMANDS if "clicks.csv" not in line} == known
+
+
+def test_every_flag_exists():
+    names = {name for cls in SECTIONS.values() for name in cls.__dataclass_fields__}
+    torchrun = {"standalone", "nproc_per_node"}
+    assert set(re.findall(r"--([a-z_]+)", README)) <= names | torchrun | {"config", "help"}
+
+
+def test_every_named_file_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    paths = re.findall(r"--config=(configs/\S+?\.yaml)", README)
+    scripts = re.findall(r"`((?:scripts|reclm)/\S+?\.(?:py|sh))`", README)
+    assert links and paths and scripts
+    assert [path for path in links + paths + scripts if not (ROOT / path).exists()] == []
+
+
+def test_every_module_is_in_the_map():
+    package = {path.name for path in (ROOT / "reclm").glob("*.py")} - {"__init__.py", "errors.py"}
+    spine = {path.name for path in ROOT.glob("*.py")}
+    assert {name for name in package | spine if name not in README} == set()

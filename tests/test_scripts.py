@@ -1,0 +1,39 @@
+"""scripts/results.py: means and spreads by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "results.py"
+
+
+def write_result(folder, seed, score, protocol="P3"):
+    metrics = dict.fromkeys(("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR"), score)
+    folder.mkdir()
+    result = {
+        "protocol": protocol, "filter_seen": True, "commit": "abc", "date": "2026-01-02 03:04:05",
+        "world_size": 2, "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7,
+        "valid": metrics, "test": metrics,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+def run(*folders):
+    return subprocess.run([sys.executable, str(SCRIPT), *folders], capture_output=True, text=True)
+
+
+def test_mean_and_sample_deviation(tmp_path):
+    folders = [write_result(tmp_path / str(i), i, score) for i, score in enumerate((0.1, 0.2, 0.3))]
+    shown = run(*folders).stdout
+    assert "test      NDCG@10 0.2000 ± 0.1000" in shown  # sqrt((.01 + 0 + .01) / 2)
+    assert "seeds     0, 1, 2" in shown and "minutes   1.5, 1.5, 1.5" in shown
+
+
+def test_refuses_unfinished_runs_and_mixed_protocols(tmp_path):
+    first = write_result(tmp_path / "a", 0, 0.1)
+    other = write_result(tmp_path / "b", 0, 0.1, protocol="P2")
+    for folders, word in (((first, other), "different protocols"), ((str(tmp_path / "c"),), "has not ended")):
+        result = run(*folders)
+        assert result.returncode != 0 and word in result.stderr and "Traceback" not in result.stderr
