@@ -40,7 +40,7 @@ class Dataset:
     name: str
     protocol: str
     notes: list[str]  # what a reader of the numbers must know; said out loud
-    fingerprint: str  # of the mapping from original ids to rows: a checkpoint fits only its own
+    fingerprint: str  # of original ids and sequences: a checkpoint fits only its own
     offsets: np.ndarray  # (U + 1,) int64
     item_ids: np.ndarray  # (rows,) int64 in 1..V-1
     timestamps: np.ndarray  # (rows,) float64 seconds; empty where the source has none
@@ -143,8 +143,6 @@ def build_sequences(table: pd.DataFrame, min_item_count: int) -> tuple[dict, dic
         notes.append(f"{short:,} users with fewer than 3 interactions train but are not evaluated")
     users, items = np.asarray(users), np.asarray(items)
     users, items = (x.astype(str) if x.dtype == object else x for x in (users, items))
-    fingerprint = hashlib.sha256("\n".join(map(str, items)).encode())
-    fingerprint.update("\n".join(map(str, users)).encode())
     arrays = {
         "offsets": np.concatenate([[0], np.cumsum(lengths)]),
         "item_ids": item_index[order].astype(np.int64) + 1,
@@ -153,6 +151,9 @@ def build_sequences(table: pd.DataFrame, min_item_count: int) -> tuple[dict, dic
         "users": users,
         "items": items,
     }
+    fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
+    for name in ("offsets", "item_ids"):
+        fingerprint.update(arrays[name].tobytes())
     return {"notes": notes, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
 
 
@@ -198,7 +199,7 @@ class TrainBatches:
 
     def split(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """This rank's rows of a batch (every world-size-th), in `grad_accum_steps` parts."""
-        mine = torch.arange(dist.rank(), len(batch["lengths"]), dist.world_size())
+        mine = torch.arange(len(batch["lengths"]))[dist.rank() :: dist.world_size()]
         if not len(mine):  # too small a batch: this rank takes part in the step without a target
             batch = batch | {"targets": torch.zeros_like(batch["targets"])}
             mine = torch.zeros(1, dtype=torch.long)
@@ -274,19 +275,22 @@ class NegativeSampler:
             keys = users[:, None] * (self.num_items + 1) + negatives  # (B, N)
             found = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
             return {"negatives": negatives, "seen_negatives": found == keys}
-        shape = (*targets.shape, count)  # (B, T, N)
+        real = targets > 0  # (B, T); drawing for these M only, the width of the batch changes nothing
+        negatives = np.zeros((*targets.shape, count), dtype=np.int64)  # (B, T, N)
         if self.cfg.exclude_history:
-            return {"negatives": self.free_items(rng, users[:, None, None], shape)}
-        # Uniform over all items but the target: draw from one fewer and step over the target. Padded
-        # positions (target 0) are never used.
-        draws = rng.integers(1, self.num_items, shape)
-        return {"negatives": draws + (draws >= np.maximum(targets, 1)[:, :, None])}
+            owners = np.broadcast_to(users[:, None], targets.shape)[real]  # (M,)
+            negatives[real] = self.free_items(rng, owners, count)
+        else:  # uniform over all items but the target: draw from one fewer and step over the target
+            draws = rng.integers(1, self.num_items, (real.sum(), count))  # (M, N)
+            negatives[real] = draws + (draws >= targets[real][:, None])
+        return {"negatives": negatives}
 
-    def free_items(self, rng: np.random.Generator, users: np.ndarray, shape: tuple) -> np.ndarray:
-        """Uniform over the items outside each user's history: the r-th free item is 1 + r + the number
-        of history items with at most r free items below them."""
-        sizes = np.diff(self.firsts)[users]
-        draws = rng.integers(0, np.broadcast_to(self.num_items - sizes, shape))
+    def free_items(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
+        """users (M,) -> (M, count), uniform over the items outside each user's history: the r-th free item
+        is 1 + r + the number of history items with at most r free items below them."""
+        users = users[:, None]
+        num_free = self.num_items - np.diff(self.firsts)[users]  # (M, 1)
+        draws = rng.integers(0, num_free, (len(users), count))
         below = np.searchsorted(self.gaps, users * (self.num_items + 1) + draws, side="right")
         return 1 + draws + below - self.firsts[users]
 

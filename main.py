@@ -154,7 +154,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     num_steps = len(run.batches)
     run.model.train()
     run.logger.start_epoch(epoch, num_steps, progress.step)
-    begin, tokens, speed, lr = time.time(), 0, 0.0, 0.0
+    begin, tokens, speed = time.time(), 0, 0.0
     for step, (micro_batches, num_targets) in run.batches.epoch(epoch, progress.step):
         checkpoint.seed_step(cfg.seed, epoch, step)
         lr = learning_rate(epoch * num_steps + step, cfg.num_epochs * num_steps, cfg)
@@ -175,7 +175,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     return {
         "epoch": epoch,
         "loss": progress.loss_sum / run.batches.num_tokens,
-        "lr": lr,
+        "lr": run.optimizer.param_groups[0]["lr"],
         "train_seconds": time.time() - begin,
         "tokens_per_second": speed,
     }
@@ -201,6 +201,7 @@ def accumulate_gradients(run: Trainer, micro_batches: list[dict[str, Tensor]], n
 def refuse_non_finite(run: Trainer, epoch: int, step: int, loss_sum: float) -> None:
     """Called by all ranks before the step is taken, so the saved weights are untouched."""
     bad = [r for r, loss in enumerate(dist.gather_from_ranks(loss_sum)) if not math.isfinite(loss)]
+    run.logger.close()
     what = f"the loss became NaN or infinite on rank {bad[0]}" if bad else "the gradient overflowed"
     raise UserError(
         f"{what} at epoch {epoch}, step {step}: try a smaller --lr, or --dtype=float32; "

@@ -5,8 +5,9 @@ fingerprint. No random state: every draw is a function of (seed, epoch, step, ra
 """
 
 import os
-import pickle
 import re
+import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
         for other in others:
             work = other.with_name(f".{other.name}.writing")
             work.unlink(missing_ok=True)
-            os.link(first, work)  # a second name for the same bytes
+            try:
+                os.link(first, work)  # a second name for the same bytes
+            except OSError:  # a file system without hard links
+                shutil.copyfile(first, work)
             os.replace(work, other)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
@@ -76,8 +80,10 @@ def find_checkpoint(name: str, out_dir: Path) -> Path:
 def load_checkpoint(path: Path) -> dict:
     """The state in a file, on the CPU. Raises UserError for a truncated or foreign file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise nearly anything
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is truncated or not a checkpoint ({reason}): use another --ckpt_name or --resume"

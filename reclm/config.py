@@ -7,10 +7,11 @@ The text under each field is its help text (`python main.py --help`).
 import math
 import re
 from argparse import ArgumentError
+from argparse import ArgumentParser as ArgumentParserOfPython
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from reclm.errors import UserError
 
@@ -145,6 +146,8 @@ class TrainConfig:
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
         not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed", "keep_last")
         probability(self, "lr_min", closed=True)
+        if self.seed >= 2**32:
+            raise UserError(f"--seed={self.seed} must be below 2**32")
 
 
 @dataclass
@@ -195,18 +198,44 @@ class Config:
 SECTIONS = {field.name: field.type for field in fields(Config)}
 
 
+# A setting other than its default has an effect only where another one has one of these values.
+NEEDS = {
+    "num_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
+    "share_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
+    "exclude_history": ("loss", ("bce", "gbce", "sampled_softmax")),
+    "gbce_t": ("loss", ("gbce",)),
+    "temperature": ("scores", ("cosine",)),
+    "lr_min": ("schedule", ("cosine",)),
+}
+
+
 def build_config(values: dict) -> Config:
     """Config from {name: value}; what is missing keeps its default. Raises UserError."""
-    return Config(
-        **{
-            section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-            for section, cls in SECTIONS.items()
-        }
-    )
+    sections = {
+        section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        for section, cls in SECTIONS.items()
+    }
+    cfg = Config(**sections)
+    flat, defaults = cfg.flat(), {f.name: f.default for cls in SECTIONS.values() for f in fields(cls)}
+    for name, (other, useful) in NEEDS.items():
+        if flat[name] != defaults[name] and flat[other] not in useful:
+            raise UserError(f"--{name}={flat[name]} has no effect with --{other}={flat[other]}: leave it out")
+    return cfg
 
 
 def parse_args(argv: list[str] | None = None) -> dict:
-    """{name: value} of what the user SAID, in a YAML file (`--config`) or in flags. Raises UserError."""
+    """{name: value} of what the user SAID, in YAML files (`--config`) or in flags. Raises UserError."""
+    files = ArgumentParserOfPython(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    chosen, flags = files.parse_known_args(argv)
+    said = {}
+    for path in chosen.config:  # flags win over files, wherever they stand on the line
+        said |= parse([f"--config={path}"], f"{path}: ")
+    return said | parse(flags, "")
+
+
+def parse(argv: list[str], where: str) -> dict:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields above
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the names below")
     for cls in SECTIONS.values():
@@ -214,10 +243,10 @@ def parse_args(argv: list[str] | None = None) -> dict:
     try:
         said = vars(parser.parse_args(argv, defaults=False))
     except (ArgumentError, TypeError, ValueError) as error:
-        # jsonargparse explains over several lines, in terms of its own; ours is one line about a flag.
+        # jsonargparse explains over several lines, in terms of its own; ours is one line about a name.
         text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
         text = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", text)
-        raise UserError(f"{text} (python main.py --help lists all names)") from None
+        raise UserError(f"{where}{text} (python main.py --help lists all names)") from None
     said.pop("config", None)
     return said
 

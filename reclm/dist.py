@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -38,6 +39,7 @@ def distributed():
     keep_freed_memory()
     try:
         if world_size() > 1:
+            die_with_launcher()
             cuda = torch.cuda.is_available()
             if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -51,6 +53,9 @@ def distributed():
         if is_main():
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all ranks when the first one exits: let that be the one that speaks
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(30)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # before the run had anything to save
         raise SystemExit(128 + signal.SIGINT) from None
@@ -67,6 +72,13 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def die_with_launcher() -> None:
+    """End when torchrun is killed: orphaned ranks would train on, and write beside a resumed run."""
+    with suppress(OSError, AttributeError):  # Linux only
+        pr_set_pdeathsig = 1  # from prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,6 +154,8 @@ class StopRequest:
             signal.signal(number, self.remember)
 
     def remember(self, number, frame) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signal = number
 
     def __bool__(self) -> bool:

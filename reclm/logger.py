@@ -3,7 +3,7 @@
 All of it on the main rank; elsewhere a Logger does nothing, so the spine never asks which rank it is."""
 
 import json
-import warnings
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,23 +18,28 @@ def say(text: str = "") -> None:
 
 
 class Logger:
-    """Records of one run in out_dir. `history` holds the rows of earlier epochs when a run is resumed."""
+    """Records of one run in out_dir. `history` holds the rows of earlier epochs when a run is resumed.
+
+    Files are written through `on_main`, so that a full disk ends all ranks with the same one line."""
 
     def __init__(self, out_dir: Path, history: list[dict]):
         self.out_dir, self.history = Path(out_dir), history
         self.bar = self.board = None
-        if dist.is_main():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
+        dist.on_main(self.open)
 
-            (self.out_dir / "metrics.jsonl").write_text("".join(map(json_line, history)))
-            next_epoch = history[-1]["epoch"] + 1 if history else 0
-            self.board = SummaryWriter(self.out_dir / "tensorboard", purge_step=next_epoch)
+    def open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
+
+        (self.out_dir / "metrics.jsonl").write_text("".join(map(json_line, self.history)))
+        next_epoch = self.history[-1]["epoch"] + 1 if self.history else 0
+        self.board = SummaryWriter(self.out_dir / "tensorboard", purge_step=next_epoch)
 
     def start_epoch(self, epoch: int, num_steps: int, first_step: int) -> None:
         if dist.is_main():
+            terminal = sys.stderr.isatty()  # in a log file: a few lines that stay, in place of many
             self.bar = tqdm(
                 total=num_steps, initial=first_step, desc=f"epoch {epoch}", unit="step",
-                leave=False, dynamic_ncols=True, mininterval=0.5,
+                leave=not terminal, mininterval=0.5 if terminal else 10, dynamic_ncols=True,
             )  # fmt: skip
 
     def step(self, loss: float, tokens_per_second: float) -> None:
@@ -43,13 +48,15 @@ class Logger:
             self.bar.update()
 
     def end_epoch(self, row: dict) -> None:
-        """One line, one json record, TensorBoard scalars, the plot. Row: epoch, loss, valid metrics ..."""
+        """One json record, TensorBoard scalars, the plot. Row: epoch, loss, valid metrics ..."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         self.history.append(row)
-        if not dist.is_main():
-            return
+        dist.on_main(self.write)
+
+    def write(self) -> None:
+        row = self.history[-1]
         with open(self.out_dir / "metrics.jsonl", "a") as file:
             file.write(json_line(row))
         for name, value in row.items():
@@ -70,8 +77,7 @@ def json_line(row: dict) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    if dist.is_main():
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    dist.on_main(lambda: Path(path).write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
@@ -81,24 +87,19 @@ def plot_curves(history: list[dict], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
+    best = max(history, key=lambda row: row["valid/NDCG@10"])
+    titles = {
+        "loss": "training loss per target",
+        "valid/NDCG@10": f"validation NDCG@10, best {best['valid/NDCG@10']:.4f} at epoch {best['epoch']}",
+    }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    for panel, key, title in zip(
-        panels, ("loss", "valid/NDCG@10"), ("training loss per target", "validation NDCG@10"), strict=True
-    ):
-        values = [row[key] for row in history]
-        panel.plot(epochs, values, marker="o", markersize=3)
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+        panel.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
         panel.set_title(title)
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    best = max(history, key=lambda row: row["valid/NDCG@10"])
     panels[1].axvline(best["epoch"], color="gray", linestyle=":")
-    panels[1].annotate(
-        f"best {best['valid/NDCG@10']:.4f}, epoch {best['epoch']}",
-        (best["epoch"], best["valid/NDCG@10"]), xytext=(-6, -14), textcoords="offset points", ha="right",
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110)

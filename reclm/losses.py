@@ -44,7 +44,7 @@ def gbce(hidden, table, targets, negatives, excluded=None, t=0.75, **_) -> Tenso
     """Generalised BCE of gSASRec (arXiv 2308.07192, eq. 10 and 14): s(r+) to the power beta, which undoes
     the overconfidence that sampling negatives brings. t = 0 is plain BCE."""
     positive, negative = classify(hidden, table, targets, negatives, excluded)
-    alpha = negative.shape[1] / (table.shape[0] - 2)  # sampling rate: N of the V - 2 non-targets
+    alpha = min(1.0, negative.shape[1] / (table.shape[0] - 2))  # sampling rate: N of V - 2 non-targets
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
     return beta * positive.sum() + negative.sum()
 

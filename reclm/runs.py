@@ -62,7 +62,7 @@ def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
     if resumed is not None and cfg.run.out_dir is None:
         folder = resumed if resumed.is_dir() else resumed.parent
     elif cfg.run.out_dir is not None:
-        folder = Path(cfg.run.out_dir)
+        folder = settle(Path(cfg.run.out_dir))
     else:
         folder = new_dir(f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{cfg.model.model_name}")
     held = folder.is_dir() and any(folder.iterdir())
@@ -76,7 +76,7 @@ def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
             raise UserError(f"{folder} has gone on after {resumed.name}: give this run its own --out_dir")
     if held and not goes_on:
         raise UserError(
-            f"--out_dir={folder} is not empty and nothing there is overwritten: "
+            f"--out_dir={cfg.run.out_dir} is not empty and nothing there is overwritten: "
             "go on with --resume=auto or choose another --out_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ class Running:
     def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         command = [sys.executable, *(launcher if nproc else []), str(MAIN), *flags]
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.begin = time.time()
         self.process = subprocess.Popen(
             command, cwd=cwd, env=environment(env), stdout=self.out, stderr=self.err,

@@ -154,9 +154,10 @@ def test_short_users_are_counted_in_the_notes():
         make_dataset([[1, 2], [3]])
 
 
-def test_fingerprint_is_of_the_mapping():
-    same = make_dataset([[1, 2, 3, 3], [4, 5, 1]])
-    assert same.fingerprint == make_dataset([[1, 2, 3], [5, 4, 1]]).fingerprint
+def test_fingerprint_is_of_ids_and_sequences():
+    same = make_dataset([[1, 2, 3], [4, 5, 1]])
+    assert same.fingerprint == make_dataset([[1, 2, 3], [4, 5, 1]]).fingerprint
+    assert same.fingerprint != make_dataset([[1, 2, 3], [5, 4, 1]]).fingerprint
     assert same.fingerprint != make_dataset([[1, 2, 3], [6, 4, 1]]).fingerprint
     assert same.fingerprint != make_dataset([[1, 2, 3], [5, 4, 1], [1, 2, 3]]).fingerprint
 
@@ -186,7 +187,9 @@ def test_more_than_a_pool_of_batches(tiny_dataset):
     assert rows_by_user(epoch).keys() == users
 
 
-@pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"exclude_history": True}, {"loss": "softmax"}])
+@pytest.mark.parametrize(
+    "loss", [{}, {"share_negatives": False}, {"exclude_history": True}, {"loss": "softmax"}]
+)
 def test_an_epoch_is_a_function_of_seed_and_number(tiny_dataset, loss):
     loss = LossConfig(**{"num_negatives": 3} | loss)
     first = epoch_of(batches_of(tiny_dataset, loss=loss), 4)
@@ -196,6 +199,16 @@ def test_an_epoch_is_a_function_of_seed_and_number(tiny_dataset, loss):
     for skipped in (1, 3, len(first)):
         rest = epoch_of(batches_of(tiny_dataset, loss=loss), 4, first_step=skipped)
         assert equal_epochs(first[skipped:], rest)
+
+
+def test_negatives_are_fresh_in_every_step_and_epoch(tiny_dataset):
+    loss = LossConfig(num_negatives=6)
+    drawn = []
+    for seed in range(2):
+        for epoch in range(2):
+            for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss, seed=seed), epoch):
+                drawn.append(tuple(micro[0]["negatives"].tolist()))
+    assert len(set(drawn)) == len(drawn) > 20
 
 
 def test_batches_differ_in_order_and_composition(tiny_dataset):
@@ -216,7 +229,9 @@ def test_similar_lengths_lie_together():
 
 def test_pad_to_max_len(tiny_dataset):
     widths = {
-        pad_to: [micro[0]["item_ids"].shape[1] for _, micro, _ in epoch_of(batches_of(tiny_dataset, pad_to=pad_to))]
+        pad_to: [
+            micro[0]["item_ids"].shape[1] for _, micro, _ in epoch_of(batches_of(tiny_dataset, pad_to=pad_to))
+        ]
         for pad_to in ("longest", "max_len")
     }
     assert set(widths["max_len"]) == {20} and min(widths["longest"]) < 20
@@ -307,10 +322,12 @@ def test_own_negatives_outside_the_history_are_uniform():
     dataset = make_dataset(histories, num_items=10)
     loss = LossConfig(num_negatives=5, share_negatives=False, exclude_history=True)
     users = np.arange(4)
-    draws = draw_many(dataset, loss, users, np.array([[5, 9], [3, 0], [7, 0], [4, 4]]))
+    targets = np.array([[5, 9], [3, 0], [7, 0], [4, 4]])
+    draws = draw_many(dataset, loss, users, targets)
+    assert not draws[:, targets == 0].any()  # nothing is drawn where there is no target
     trained = [{2, 5, 9}, set(range(1, 9)), {7}, {4}]  # without the last two items, if 3 or more
     for user, history in enumerate(trained):
-        counts = np.bincount(draws[:, user].ravel(), minlength=11)
+        counts = np.bincount(draws[:, user, targets[user] > 0].ravel(), minlength=11)
         free = [item for item in range(1, 11) if item not in history]
         assert len(counts) == 11 and counts.sum() == counts[free].sum()
         assert chisquare(counts[free]).pvalue > 0.001, user
@@ -322,7 +339,8 @@ def test_outside_the_history_by_brute_force(tiny_dataset):
         for user, drawn in zip(micro[0]["user_ids"].tolist(), micro[0]["negatives"], strict=True):
             first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
             history = set(tiny_dataset.item_ids[first : last - 2].tolist())
-            assert set(drawn.ravel().tolist()) <= set(range(1, 31)) - history
+            drawn = set(drawn.ravel().tolist()) - {0}  # padding
+            assert drawn and drawn <= set(range(1, 31)) - history
 
 
 def test_shared_negatives_are_distinct_and_uniform():
@@ -353,9 +371,10 @@ def test_seen_negatives_by_brute_force(tiny_dataset):
     assert hits > 100
 
 
-def test_seen_negatives_meet_the_right_positions(tiny_dataset):
+@pytest.mark.parametrize("exclude_history", [True, False])
+def test_seen_negatives_meet_the_right_positions(tiny_dataset, exclude_history):
     """`seen_negatives` has a row a sequence, the loss a row a target: model.negatives joins them."""
-    loss = LossConfig(num_negatives=12, exclude_history=True)
+    loss = LossConfig(num_negatives=12, exclude_history=exclude_history)
     model = model_for(tiny_dataset, loss)
     _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=loss))[0]
     batch = micro[0]
@@ -364,9 +383,10 @@ def test_seen_negatives_meet_the_right_positions(tiny_dataset):
     expected = []
     for row in range(len(batch["lengths"])):
         for target in batch["targets"][row][: batch["lengths"][row]].tolist():
-            pairs = zip(batch["negatives"].tolist(), batch["seen_negatives"][row].tolist(), strict=True)
+            seen = batch["seen_negatives"][row].tolist() if exclude_history else [False] * 12
+            pairs = zip(batch["negatives"].tolist(), seen, strict=True)
             expected.append([seen or item == target for item, seen in pairs])
-    assert excluded.tolist() == expected
+    assert excluded.tolist() == expected and excluded.any() and not excluded.all()
 
 
 def test_softmax_needs_no_negatives(tiny_dataset):

@@ -29,8 +29,7 @@ WHEEL = {  # of each file one row, but for the interactions
     "196 242 3 881250949\n186 302 3 891717742\n",
     "item": "item_id:token movie_title:token_seq release_year:token class:token_seq\n"
     "242 Kolya 1996 Comedy_Drama\n",
-    "user": "user_id:token age:token gender:token occupation:token zip_code:token\n"
-    "196 49 M writer 05105\n",
+    "user": "user_id:token age:token gender:token occupation:token zip_code:token\n196 49 M writer 05105\n",
 }
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from model import Attention, Context, FeedForward, SequenceRecommender, TransformerBlock, rotary_tables, rotate
+from model import (
+    Attention,
+    Context,
+    FeedForward,
+    SequenceRecommender,
+    TransformerBlock,
+    rotary_tables,
+    rotate,
+)
 from reclm.config import LossConfig, ModelConfig, TrainConfig
 from reclm.optim import build_optimizer
 
@@ -257,9 +265,7 @@ def test_padding_never_changes_real_positions(changes):
         torch.testing.assert_close(model.encode(alone)[0], hidden[row, :length], atol=1e-5, rtol=1e-5)
         garbage = batch["item_ids"].clone()
         garbage[row, length:] = 3
-        torch.testing.assert_close(
-            model(batch | {"item_ids": garbage}), scores, atol=1e-6, rtol=1e-6
-        )
+        torch.testing.assert_close(model(batch | {"item_ids": garbage}), scores, atol=1e-6, rtol=1e-6)
 
 
 def test_window_limits_how_far_one_layer_sees():
