@@ -103,6 +103,8 @@ class Trainer:
     def open(self, out_dir: Path) -> None:
         """From here on the run writes into out_dir; all that can be refused has been by now."""
         self.out_dir = out_dir
+        if not (out_dir / "best.pth").is_file():  # resumed into a new folder: its own best counts
+            self.progress.best_score, self.progress.bad_epochs = -1.0, 0
         self.logger = Logger(out_dir, self.history)
         self.stop = dist.StopRequest()
         self.started = time.time() - self.progress.seconds

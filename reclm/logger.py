@@ -15,6 +15,7 @@ def say(text: str = "") -> None:
     """Print a line, once."""
     if dist.is_main():
         tqdm.write(text)
+        sys.stdout.flush()  # into a log file, too
 
 
 class Logger:

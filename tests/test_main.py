@@ -425,3 +425,15 @@ def test_checkpoint_holds_nothing_but_data(trained):
     assert [row["epoch"] for row in state["history"]] == list(range(16))
     assert not any(name.startswith("module.") for name in state["model"])
     main.Progress(**state["progress"])
+
+
+def test_resumed_into_a_new_folder_the_run_has_its_own_best(tmp_path):
+    """The best so far stayed in the old folder: the new one must still end with a best.pth and a result."""
+    write_csv(tmp_path / "tiny.csv")
+    here("--dataset=tiny.csv", *TINY, "--num_epochs=2", "--out_dir=old", cwd=tmp_path).ok()
+    state = read_state(tmp_path / "old" / "epoch_0.pth")
+    state["progress"]["best_score"] = 2.0  # no later epoch can be better than this
+    torch.save(state, tmp_path / "start.pth")
+    here("--resume=start.pth", "--out_dir=new", cwd=tmp_path).ok()
+    assert read_json(tmp_path / "new" / "result.json")["best_epoch"] == 1
+    assert (tmp_path / "new" / "best.pth").is_file()
