@@ -225,9 +225,12 @@ def build_config(values: dict) -> Config:
 
 def parse_args(argv: list[str] | None = None) -> dict:
     """{name: value} of what the user SAID, in YAML files (`--config`) or in flags. Raises UserError."""
-    files = ArgumentParserOfPython(add_help=False, allow_abbrev=False)
+    files = ArgumentParserOfPython(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
-    chosen, flags = files.parse_known_args(argv)
+    try:
+        chosen, flags = files.parse_known_args(argv)
+    except ArgumentError as error:
+        raise UserError(f"{error} (--config=FILE.yaml)") from None
     said = {}
     for path in chosen.config:  # flags win over files, wherever they stand on the line
         said |= parse([f"--config={path}"], f"{path}: ")

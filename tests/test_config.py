@@ -225,3 +225,25 @@ def test_recipes_hold_only_what_differs_from_the_defaults(path):
 
 def test_there_are_recipes():
     assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss=softmax", "--num_negatives=5"],
+        ["--loss=softmax", "--share_negatives=false"],
+        ["--loss=softmax", "--exclude_history=true"],
+        ["--loss=bce", "--gbce_t=0.5"],
+        ["--scores=dot", "--temperature=0.1"],
+        ["--schedule=constant", "--lr_min=0.2"],
+    ],
+)
+def test_a_switch_without_effect_is_refused(flags):
+    idle, _, value = flags[1].partition("=")
+    with pytest.raises(UserError, match=f"{idle}=(?i:{value}) has no effect with {flags[0]}"):
+        build_config(parse_args(flags))
+
+
+def test_config_without_a_file_is_one_line():
+    with pytest.raises(UserError, match="--config: expected one argument"):
+        parse_args(["--config"])
