@@ -75,21 +75,20 @@ def load_dataset(cfg: DataConfig) -> Dataset:
     """Find (or download), prepare and cache the data: once, on the main rank. Raises UserError."""
     data_dir = cfg.data_dir or os.environ.get("RECLM_DATA") or "data"
 
-    def find_and_prepare() -> str:
+    def find_and_prepare() -> tuple[Source, Path]:
         source = find_dataset(cfg.dataset, data_dir, cfg.unordered_ok)
-        return str(prepare(source, cfg.min_item_count))
+        return source, prepare(source, cfg.min_item_count)
 
-    folder = Path(dist.on_main(find_and_prepare))
+    source, folder = dist.on_main(find_and_prepare)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    return Dataset(**json.loads((folder / "meta.json").read_text()), **arrays)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["notes"] = [*source.notes, *meta["notes"]]
+    return Dataset(name=source.name, protocol=source.protocol, **meta, **arrays)
 
 
 def prepare(source: Source, min_item_count: int) -> Path:
     """The folder with the prepared arrays of a source: made now, or found by the key of its inputs."""
-    key = hashlib.sha256(
-        repr((CACHE_VERSION, source.name, source.protocol, source.reader, source.notes)).encode()
-    )
-    key.update(str(min_item_count).encode())
+    key = hashlib.sha256(repr((CACHE_VERSION, source.reader, min_item_count)).encode())
     for path in source.files:
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
@@ -99,8 +98,6 @@ def prepare(source: Source, min_item_count: int) -> Path:
         return folder
     table = read_dataset(source).interactions
     meta, arrays = build_sequences(table, min_item_count)
-    meta |= {"name": source.name, "protocol": source.protocol}
-    meta["notes"] = [*source.notes, *meta["notes"]]
     root.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed: a killed run leaves nothing that looks whole.
     work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
