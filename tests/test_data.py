@@ -246,33 +246,18 @@ def model_for(dataset, loss, max_len=20):
     return SequenceRecommender(cfg, loss, dataset.num_items, dataset.num_users)
 
 
-@pytest.mark.parametrize("exclude_history", [False, True])
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_padding_never_enters_the_loss(tiny_dataset, loss, exclude_history):
-    if exclude_history and loss == "softmax":
-        return  # refused: softmax draws no negatives
-    loss = LossConfig(loss=loss, num_negatives=6, exclude_history=exclude_history)
+NEGATIVES = [{}, {"exclude_history": True}, {"share_negatives": False}]
+
+
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name in LOSSES for how in NEGATIVES])
+def test_padding_never_enters_the_loss(tiny_dataset, name, how):
+    loss = LossConfig(loss=name, num_negatives=6, **how)
     model = model_for(tiny_dataset, loss)
     epochs = [epoch_of(batches_of(tiny_dataset, loss=loss, pad_to=p)) for p in ("longest", "max_len")]
     for (_, short, num), (_, long, same) in zip(*epochs, strict=True):
         assert num == same
         means = [sum(model(part).item() for part in micro) / num for micro in (short, long)]
         assert means[0] == pytest.approx(means[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_padding_never_enters_the_loss_with_own_negatives(tiny_dataset, loss):
-    """The same negatives, more padding by hand: draws for each position depend on the width."""
-    loss = LossConfig(loss=loss, num_negatives=6, share_negatives=False)
-    model = model_for(tiny_dataset, loss)
-    for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss)):
-        batch = dict(micro[0])
-        before = model(batch).item()
-        more = 20 - batch["item_ids"].shape[1]
-        for name in {"item_ids", "targets", "negatives"} & batch.keys():
-            shape = (len(batch["lengths"]), more, *batch[name].shape[2:])
-            batch[name] = torch.cat([batch[name], torch.zeros(shape, dtype=torch.long)], 1)
-        assert model(batch).item() == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("share", [True, False])
