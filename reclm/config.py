@@ -103,10 +103,6 @@ class LossConfig:
     def __post_init__(self):
         positive(self, "num_negatives")
         probability(self, "gbce_t", closed=True)
-        if self.exclude_history and self.loss == "softmax":
-            raise UserError(
-                "--exclude_history=true has no effect with --loss=softmax, which draws no negatives"
-            )
 
 
 @dataclass
