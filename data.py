@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reclm import dist
-from reclm.config import DataConfig, LossConfig
+from reclm.config import DataConfig, LossConfig, TrainConfig
 from reclm.datasets import Source, find_dataset, read_dataset
 from reclm.errors import UserError
 
@@ -166,7 +166,7 @@ class TrainBatches:
     """The batches of an epoch. All is a function of (seed, epoch): the order, the composition of every
     batch, the negatives. It does not depend on the number of ranks, of which each takes its rows."""
 
-    def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg):
+    def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg: TrainConfig):
         self.dataset, self.loss, self.cfg = dataset, loss, cfg
         self.users = np.flatnonzero(dataset.train_lengths >= 2)  # one item gives no next item
         if len(self.users) < dist.world_size():
@@ -186,13 +186,13 @@ class TrainBatches:
         """Optimizer steps in an epoch."""
         return -(-len(self.users) // self.cfg.batch_size)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, tuple[list[dict], int]]]:
-        """Yield step, (this rank's micro-batches, number of targets of ALL ranks), from `first_step` on."""
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, list[dict], int]]:
+        """Yield (step, this rank's micro-batches, number of targets of ALL ranks), from `first_step` on."""
         composed = self.compose(np.random.default_rng((self.cfg.seed, epoch)))
         for step in range(first_step, len(composed)):
             rows = composed[step]
             batch = self.build(rows, np.random.default_rng((self.cfg.seed, epoch, step)))
-            yield step, (self.split(batch), int(self.lengths[rows].sum()))
+            yield step, self.split(batch), int(self.lengths[rows].sum())
 
     def split(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """This rank's rows of a batch (every world-size-th), in `grad_accum_steps` parts."""

@@ -157,7 +157,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     run.model.train()
     run.logger.start_epoch(epoch, num_steps, progress.step)
     begin, tokens, speed = time.time(), 0, 0.0
-    for step, (micro_batches, num_targets) in run.batches.epoch(epoch, progress.step):
+    for step, micro_batches, num_targets in run.batches.epoch(epoch, progress.step):
         checkpoint.seed_step(cfg.seed, epoch, step)
         lr = learning_rate(epoch * num_steps + step, cfg.num_epochs * num_steps, cfg)
         for group in run.optimizer.param_groups:

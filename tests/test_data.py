@@ -29,7 +29,7 @@ def batches_of(dataset, max_len=20, loss=None, **train):
 
 def epoch_of(batches, epoch=0, first_step=0):
     """[(step, micro-batches, number of targets), ...]"""
-    return [(step, micro, num) for step, (micro, num) in batches.epoch(epoch, first_step)]
+    return list(batches.epoch(epoch, first_step))
 
 
 def equal_batches(one, other):

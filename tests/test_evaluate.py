@@ -178,7 +178,7 @@ def test_learns_the_next_item(tiny_dataset, loss):
     model.train()
     num_epochs = 30
     for epoch in range(num_epochs):
-        for step, (micro, num_targets) in batches.epoch(epoch):
+        for step, micro, num_targets in batches.epoch(epoch):
             lr = learning_rate(epoch * len(batches) + step, num_epochs * len(batches), cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
