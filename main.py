@@ -112,6 +112,7 @@ class Trainer:
     def save(self, *names: str) -> None:
         self.progress.seconds = time.time() - self.started
         state = {
+            "version": checkpoint.VERSION,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),

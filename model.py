@@ -18,28 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
+from reclm.dropout import Dropout
 from reclm.losses import LOSSES
 
 
 class Context(NamedTuple):
     """What every block may look at beside its input; the same for all layers."""
 
-    cos: Tensor  # (T, Dh/2) rotary tables
-    sin: Tensor  # (T, Dh/2)
-    mask: Tensor | None  # (T, T) bool, True = may attend; None = plain causal
+    rotary: Tensor  # rotations of the keys, complex (T, Dh/2)
+    query_rotary: Tensor  # the same for the queries
+    mask: Tensor | None  # bool (queries, T), True = may attend; None = plain causal
+    last: Tensor | None = None  # (B,) the only position whose output is wanted; None = all of them
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> the positions whose output is wanted: (B, T, D), or (B, 1, D)."""
+        return x if self.last is None else x[torch.arange(len(x), device=x.device), self.last][:, None]
 
 
-def rotary_tables(length: int, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864, eq. 15), both (length, head_dim / 2)."""
+def rotary_table(length: int, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """The rotations exp(i m theta_j) of RoPE (arXiv 2104.09864, eq. 15), complex, (length, head_dim / 2)."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)  # (Dh/2,)
     angles = torch.outer(torch.arange(length).float(), frequencies)  # (T, Dh/2)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of channels of x (B, heads, T, Dh) by their position; dot products become relative."""
-    first, second = x.chunk(2, dim=-1)  # pairs (i, i + Dh/2): same algebra as (2i, 2i + 1), contiguous
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).type_as(x)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn each pair of channels of x (B, heads, T, Dh) by its position's angle, so that dot products
+    depend on distance. One complex product takes a fifth of the time of the same in sines and cosines."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, Dh/2)
+    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -56,10 +63,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, D) -> (B, T, D); position t sees positions <= t, at most the last W of them."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.wq(x).view(heads).transpose(1, 2), ctx.cos, ctx.sin)  # (B, H, T, Dh)
-        k = rotate(self.wk(x).view(heads).transpose(1, 2), ctx.cos, ctx.sin)  # (B, G, T, Dh)
-        v = self.wv(x).view(heads).transpose(1, 2)  # (B, G, T, Dh)
+        heads = (-1, self.head_dim)
+        q = self.wq(ctx.wanted(x)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
+        k = self.wk(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, Dh)
+        v = self.wv(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, Dh)
+        q, k = rotate(q, ctx.query_rotary), rotate(k, ctx.rotary)
         if self.groups > 1:  # the CPU's fused kernel wants as many key as query heads
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, Dh)
         # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
@@ -93,11 +101,11 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        x = x + self.dropout(self.attention(self.attention_norm(x), ctx))
+        x = ctx.wanted(x) + self.dropout(self.attention(self.attention_norm(x), ctx))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -113,12 +121,11 @@ class SequenceRecommender(nn.Module):
         self.item_embedding = nn.Embedding(num_items + 1, cfg.dim, padding_idx=0)  # V = items + pad
         self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         if cfg.user_embedding == "explicit":
             self.user_embedding = nn.Embedding(num_users, cfg.dim)
-        cos, sin = rotary_tables(cfg.max_len, cfg.dim // cfg.n_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        rotary = rotary_table(cfg.max_len, cfg.dim // cfg.n_heads)
+        self.register_buffer("rotary", rotary, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -141,17 +148,18 @@ class SequenceRecommender(nn.Module):
             nn.init.normal_(weight, std=std)
         self.item_embedding.weight[0] = 0.0
 
-    def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        """item_ids (B, T) -> the user's embedding after each action, (B, T, D), in float32."""
-        item_ids = batch["item_ids"]
-        length = item_ids.shape[1]
-        ctx = Context(self.cos[:length], self.sin[:length], self.attention_mask(length))
-        x = self.item_embedding(item_ids)  # (B, T, D)
+    def encode(self, batch: dict[str, Tensor], last_only: bool = False) -> Tensor:
+        """item_ids (B, T) -> the user's embedding after each action, (B, T, D), in float32; with
+        `last_only` after the last one, (B, 1, D): the top block then works for one query a sequence."""
+        x = self.item_embedding(batch["item_ids"])  # (B, T, D)
         if self.cfg.scores == "cosine":
             x = F.normalize(x, dim=-1)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
+        contexts = [self.context(x.shape[1])] * len(self.layers)
+        if last_only:
+            contexts[-1] = self.context(x.shape[1], batch["lengths"] - 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
-            for layer in self.layers:
+            for layer, ctx in zip(self.layers, contexts, strict=True):
                 x = layer(x, ctx)
         hidden = self.norm(x.float())  # (B, T, D)
         if self.cfg.user_embedding == "explicit":  # SASRec (arXiv 1808.09781), section III.E
@@ -160,13 +168,19 @@ class SequenceRecommender(nn.Module):
             return F.normalize(hidden, dim=-1) / self.cfg.temperature
         return hidden
 
-    def attention_mask(self, length: int) -> Tensor | None:
-        """Band of the last W positions, (T, T); None where the window covers everything."""
-        if self.cfg.window == 0 or self.cfg.window >= length:
-            return None
-        age = torch.arange(length, device=self.cos.device)
-        age = age[:, None] - age[None, :]  # (T, T) how many positions ago
-        return (age >= 0) & (age < self.cfg.window)
+    def context(self, length: int, last: Tensor | None = None) -> Context:
+        """What the blocks need for sequences of this length, or for their last positions (B,) alone."""
+        window = self.cfg.window or length
+        rotary = self.rotary[:length]
+        if last is None and window >= length:
+            return Context(rotary, rotary, mask=None)
+        keys = torch.arange(length, device=rotary.device)
+        age = (keys if last is None else last)[:, None] - keys  # (queries, T): how many positions ago
+        mask = (age >= 0) & (age < window)
+        if last is None:
+            return Context(rotary, rotary, mask)
+        # One query a sequence: (B, 1, 1, Dh/2) and (B, 1, 1, T), the same for all heads.
+        return Context(rotary, rotary[last][:, None, None], mask[:, None, None], last)
 
     def item_table(self) -> Tensor:
         """(V, D): the MF layer's item factors, shared with the input embedding."""
@@ -176,10 +190,9 @@ class SequenceRecommender(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """With "targets" in the batch: the SUM of the loss over its M targets, a scalar.
         Without: float32 scores (B, V) of all items after the last action of each sequence."""
-        hidden = self.encode(batch)  # (B, T, D)
         if "targets" not in batch:
-            last = batch["lengths"] - 1  # (B,)
-            return hidden[torch.arange(len(last), device=last.device), last] @ self.item_table().T
+            return self.encode(batch, last_only=True)[:, 0] @ self.item_table().T
+        hidden = self.encode(batch)  # (B, T, D)
         valid = batch["targets"] != 0  # (B, T)
         targets = batch["targets"][valid]  # (M,)
         return LOSSES[self.loss.loss](

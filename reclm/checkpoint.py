@@ -1,7 +1,7 @@
 """Checkpoints: epoch_N.pth, last.pth, best.pth. Written whole or not at all, read with nothing but data.
 
-Contents: model, optimizer, progress (main.Progress), history (a row per epoch), config (flat), dataset,
-fingerprint. No random state: every draw is a function of (seed, epoch, step, rank), see `seed_step`.
+Contents: version, model, optimizer, progress (main.Progress), history (a row per epoch), config (flat),
+dataset, fingerprint. No random state: all draws are functions of (seed, epoch, step, rank), see `seed_step`.
 """
 
 import os
@@ -14,6 +14,8 @@ import torch
 
 from reclm import dist
 from reclm.errors import UserError
+
+VERSION = 2  # raise it when the same weights would mean another model
 
 # The trajectory of the weights depends on these; a resumed run may change anything else.
 TRAJECTORY = [
@@ -91,6 +93,10 @@ def load_checkpoint(path: Path) -> dict:
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: use another one")
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{path} was written by another version of this program: train again, or use that one"
+        )
     return state
 
 

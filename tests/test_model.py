@@ -13,7 +13,7 @@ from model import (
     FeedForward,
     SequenceRecommender,
     TransformerBlock,
-    rotary_tables,
+    rotary_table,
     rotate,
 )
 from reclm.config import LossConfig, ModelConfig, TrainConfig
@@ -45,10 +45,10 @@ def random_batch(seed=0, rows=5, width=12):
 
 
 def context(cfg, length, window=0):
-    cos, sin = rotary_tables(length, cfg.dim // cfg.n_heads)
+    rotary = rotary_table(length, cfg.dim // cfg.n_heads)
     age = torch.arange(length)[:, None] - torch.arange(length)
     mask = (age >= 0) & (age < window) if window else None
-    return Context(cos, sin, mask)
+    return Context(rotary, rotary, mask)
 
 
 # ---------------------------------------------------------------- the reference, in float64
@@ -64,12 +64,12 @@ def ref_rms_norm(x, gain, eps):
 
 
 def ref_rotate(x):
-    """RoPE (arXiv 2104.09864, eq. 13) of x (T, Dh): pairs as complex numbers, turned by t * theta_i."""
+    """RoPE of x (T, Dh) as in arXiv 2104.09864, eq. 34: x * cos + (x with its pairs crossed) * sin."""
     length, width = x.shape
-    half = width // 2
-    theta = 10000.0 ** (-2 * np.arange(half) / width)
-    z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.arange(length)[:, None] * theta)
-    return np.concatenate([z.real, z.imag], axis=1)
+    theta = np.repeat(10000.0 ** (-2 * np.arange(width // 2) / width), 2)  # one angle a pair
+    angles = np.arange(length)[:, None] * theta
+    crossed = np.stack([-x[:, 1::2], x[:, 0::2]], axis=-1).reshape(length, width)
+    return x * np.cos(angles) + crossed * np.sin(angles)
 
 
 def ref_attention(layer, x, n_heads, window=0):
@@ -130,9 +130,9 @@ def random_gains(module):
 
 def test_shapes():
     cfg = config(n_kv_heads=2)
-    cos, sin = rotary_tables(12, 4)
-    assert cos.shape == sin.shape == (12, 2)
-    assert rotate(torch.randn(3, 4, 12, 4), cos, sin).shape == (3, 4, 12, 4)
+    rotary = rotary_table(12, 4)
+    assert rotary.shape == (12, 2)
+    assert rotate(torch.randn(3, 4, 12, 4), rotary).shape == (3, 4, 12, 4)
     x, ctx = torch.randn(3, 12, 16), context(cfg, 12)
     for part in (Attention(cfg), TransformerBlock(cfg)):
         assert part(x, ctx).shape == (3, 12, 16)
@@ -155,9 +155,9 @@ def test_loss_is_a_scalar_and_scores_are_float32():
 # ---------------------------------------------------------------- parity
 
 
-def test_rope_is_complex_rotation():
+def test_rope_is_the_papers():
     x = torch.randn(2, 3, 11, 8)
-    out = rotate(x, *rotary_tables(11, 8))
+    out = rotate(x, rotary_table(11, 8))
     for b in range(2):
         for h in range(3):
             np.testing.assert_allclose(array(out[b, h]), ref_rotate(array(x[b, h])), atol=1e-5)
@@ -165,9 +165,9 @@ def test_rope_is_complex_rotation():
 
 def test_rope_dot_products_depend_on_the_distance_only():
     q, k = torch.randn(8), torch.randn(8)
-    cos, sin = rotary_tables(20, 8)
-    turned_q = rotate(q.expand(1, 1, 20, 8), cos, sin)[0, 0]
-    turned_k = rotate(k.expand(1, 1, 20, 8), cos, sin)[0, 0]
+    rotary = rotary_table(20, 8)
+    turned_q = rotate(q.expand(1, 1, 20, 8), rotary)[0, 0]
+    turned_k = rotate(k.expand(1, 1, 20, 8), rotary)[0, 0]
     products = turned_q @ turned_k.T
     for distance in range(-10, 11):
         diagonal = products.diagonal(distance)
@@ -227,7 +227,7 @@ def test_window_that_covers_all_is_full_attention():
     for window in (12, 13, 1000):
         windowed = build(window=window)
         windowed.load_state_dict(full.state_dict())
-        assert windowed.attention_mask(12) is None
+        assert windowed.context(12).mask is None
         assert torch.equal(full(batch), windowed(batch))
     narrow = build(window=11)
     narrow.load_state_dict(full.state_dict())
@@ -236,9 +236,24 @@ def test_window_that_covers_all_is_full_attention():
 
 @pytest.mark.parametrize("window", [1, 2, 5, 7])
 def test_window_mask(window):
-    mask = build(window=window).attention_mask(8)
+    mask = build(window=window).context(8).mask
     naive = [[q - window < k <= q for k in range(8)] for q in range(8)]
     assert mask.tolist() == naive
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"window": 3}, {"window": 1}, {"n_kv_heads": 2}, {"n_layers": 1}, {"dtype": "bfloat16"}],
+)
+def test_last_position_alone_is_the_last_of_all(changes):
+    """The fast path of evaluation against its plain twin; the tolerance is rounding of sums in another
+    order (bfloat16 keeps 8 bits)."""
+    model, batch = build(**changes), random_batch()
+    last = model.encode(batch)[torch.arange(5), batch["lengths"] - 1]
+    alone = model.encode(batch, last_only=True)
+    assert alone.shape == (5, 1, 16)
+    tolerance = 5e-2 if changes.get("dtype") else 1e-5
+    torch.testing.assert_close(alone[:, 0], last, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 2}, {"scores": "cosine"}])
