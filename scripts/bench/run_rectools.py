@@ -79,6 +79,8 @@ def main(spec: dict) -> dict:
         return {"reached_seconds": reached, "best": score, "seconds": time.time() - begin}
     model = build(spec, clock, max_steps=WARMUP_STEPS + spec["steps"])
     model.fit(dataset)
+    # RecTools trains with a copy of the trainer it was given, callbacks included.
+    clock = next(part for part in model.fit_trainer.callbacks if isinstance(part, StepClock))
     history = table[from_the_end >= 1]  # known when the test item is predicted
     history = Dataset.construct(history[["user_id", "item_id", "datetime", "weight"]])
     users = table["user_id"].unique()
