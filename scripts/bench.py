@@ -130,10 +130,10 @@ def summarise(rows: list[dict]) -> dict:
 
 def report(results: dict) -> dict:
     """Print the table; returns the ratios ours / theirs of the medians."""
-    print(f"\n{'':12}{'tokens/s':>22}{'targets/s':>22}{'users/s ranked':>22}{'warm preparation, s':>22}")
+    print(f"\n{'':12}{'tokens/s':>28}{'targets/s':>28}{'users/s ranked':>28}{'warm preparation, s':>28}")
     for tool, summary in results.items():
-        cells = [f"{v['median']:,.4g} [{v['min']:,.4g}, {v['max']:,.4g}]" for v in summary.values()]
-        print(f"{tool:12}" + "".join(f"{cell:>22}" for cell in cells))
+        cells = [f"{v['median']:,.5g} [{v['min']:,.5g}, {v['max']:,.5g}]" for v in summary.values()]
+        print(f"{tool:12}" + "".join(f"{cell:>28}" for cell in cells))
     ratios = {}
     for peer in (tool for tool in results if tool != "ours"):
         for name, ours in results["ours"].items():
