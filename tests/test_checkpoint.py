@@ -9,7 +9,7 @@ from reclm.errors import UserError
 
 @pytest.mark.parametrize("version", [None, VERSION - 1, VERSION])
 def test_another_versions_weights_are_refused(tmp_path, version):
-    """Since version 2 channels are rotated in other pairs: older weights would load and mean another model."""
+    """Since version 2 channels are rotated in other pairs: older weights would mean another model."""
     names = ("model", "optimizer", "progress", "history", "config", "dataset", "fingerprint")
     state = dict.fromkeys(names, {}) | ({"version": version} if version else {})
     path = tmp_path / "last.pth"
