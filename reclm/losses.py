@@ -57,13 +57,10 @@ def sampled_softmax(hidden, table, targets, negatives, excluded=None, **_) -> Te
 
 
 def softmax(hidden, table, targets, negatives=None, excluded=None, **_) -> Tensor:
-    """Cross entropy over the whole catalogue. The chunked kernel never holds all (M, V) scores."""
-    # Row 0 is padding, not a candidate. Without `options` torch would not work in chunks; for large
-    # catalogues its own choice of chunk is too small to be fast.
-    large = table.shape[0] > 20_000
-    options = LinearCrossEntropyOptions(
-        **({"chunking_method": None, "batch_chunk_size": 256} if large else {})
-    )
+    """Cross entropy over the whole catalogue, 256 positions at a time: all (M, V) scores are never held."""
+    # torch's own choice of chunk is a share of M: too small to be fast where M is.
+    options = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=256)
+    # Row 0 is padding, not a candidate.
     return F.linear_cross_entropy(hidden, table[1:], targets - 1, reduction="sum", options=options)
 
 

@@ -156,7 +156,7 @@ def test_all_negatives_excluded_gives_no_nan(name, shared):
 
 @pytest.mark.parametrize("items", [50, 20_000, 20_050])
 def test_softmax_of_many_items(items):
-    """Around the catalogue size where the chunking changes, in float32."""
+    """Small and large catalogues, in float32."""
     torch.manual_seed(0)
     hidden, table = torch.randn(9, 4), torch.randn(items + 1, 4)
     targets = torch.randint(1, items + 1, (9,))
