@@ -1,13 +1,20 @@
 """Speed beside other tools: the same interactions, sizes, loss, batch and number of threads, in one run.
 
+    pip install -r requirements-dev.txt
     python scripts/bench.py --peers=recbole,rectools --data_dir=data --out=bench.json
 
 Every tool reads the same interactions, trains SASRec-sized blocks (d = 64, 2 blocks, 2 heads, length 200,
 batch 128, full softmax) and ranks all items for all users. Peers run in virtual environments of their own,
-made here on first use. Rounds alternate between the tools; medians are reported, with the range.
+made here on first use, with their fast options (scripts/bench/run_*.py say which). Rounds alternate between
+the tools; the table shows medians, with the range.
 
-Tokens are real positions that go through the blocks (no padding). RecBole trains on one target a row, the
-others on one a token, so targets are counted too.
+trained tokens/s   positions that the loss is taken at. An epoch of every tool trains the same ones.
+positions/s        real positions (no padding) that go through the blocks. RecBole trains one target a row
+                   and feeds all of its history again for the next one: 119 positions for a trained token.
+epoch, s           seconds of a whole epoch: measured (ours), or from the timed steps (peers)
+users/s            full ranking, top 10, seen items left out
+preparation, s     raw file to first step, imports not counted; from the second round, when caches are warm
+memory, GiB        peak resident memory of all processes of a tool
 """
 
 import argparse
@@ -18,9 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the spine
@@ -39,34 +48,42 @@ PACKAGES = {
         "scipy<1.12",
     ],
     "rectools": ["rectools[torch]==0.19.0", "torch==2.13.0"],
+    "replay": ["replay-rec[torch]==0.22.0", "torch==2.13.0"],
 }
 SPEC = {
     "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2, "batch_size": 128, "lr": 1e-3,
-    "eval_batch_size": 256, "threads": 2,
+    "loss": "softmax", "eval_batch_size": 256, "threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0,
 }  # fmt: skip
-RATES = {
-    "train_tokens_per_s": ("tokens", "train_seconds"),
-    "train_targets_per_s": ("targets", "train_seconds"),
-    "eval_users_per_s": ("eval_users", "eval_seconds"),
+COLUMNS = {  # name: (heading, how it follows from what a worker writes)
+    "train_tokens_per_s": ("trained tokens/s", lambda row: row["targets"] / row["train_seconds"]),
+    "train_positions_per_s": ("positions/s", lambda row: row["positions"] / row["train_seconds"]),
+    "epoch_seconds": ("epoch, s", lambda row: row["epoch_seconds"]),
+    "eval_users_per_s": ("users/s", lambda row: row["eval_users"] / row["eval_seconds"]),
+    "prepare_seconds": ("preparation, s", lambda row: row["prepare_seconds"]),
+    "peak_memory_gib": ("memory, GiB", lambda row: row["peak_memory_gib"]),
 }
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--peers", default="recbole,rectools", help="comma-separated: recbole, rectools")
+    parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
     parser.add_argument("--data_dir", help="as for main.py")
     parser.add_argument("--dataset", help="as for main.py")
     parser.add_argument("--out", default="bench.json")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2: the first one fills our cache")
     parser.add_argument("--steps", type=int, default=24, help="timed steps of a peer; ours runs whole epochs")
-    parser.add_argument("--time_to", type=float, default=0.0, help="also: seconds to this validation NDCG@10")
+    parser.add_argument(
+        "--time_to", type=float, default=0.15, help="seconds to this validation NDCG@10; 0 = no"
+    )
     parser.add_argument("--time_limit", type=float, default=480.0, help="seconds a tool may take for that")
     parser.add_argument("--venvs", default=str(Path.home() / ".cache" / "reclm" / "bench"))
     args = parser.parse_args()
     args.peers = [name for name in args.peers.split(",") if name]
     unknown = [name for name in args.peers if name not in PACKAGES]
-    if unknown or args.rounds < 1 or args.steps < 1:
-        raise UserError(f"--peers knows {', '.join(PACKAGES)}; --rounds and --steps are at least 1")
+    if unknown or args.rounds < 2 or args.steps < 1:
+        raise UserError(f"--peers knows {', '.join(PACKAGES)}; --rounds is at least 2, --steps at least 1")
+    if Path(args.out).exists():
+        raise UserError(f"--out={args.out} exists and is not overwritten: name another file")
     return args
 
 
@@ -75,8 +92,12 @@ def make_venv(folder: Path, packages: list[str]) -> Path:
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.is_file():
         print(f"installing {packages[0]} into {folder} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        pip = [python, "-m", "pip", "install", "-q", *packages]
+        for step in ([sys.executable, "-m", "venv", "--clear", folder], pip):
+            ran = subprocess.run(step, capture_output=True, text=True)
+            if ran.returncode:
+                last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+                raise UserError(f"cannot install {packages[0]}: {last}; leave it out of --peers")
         done.touch()
     return python
 
@@ -98,49 +119,90 @@ def write_interactions(args: argparse.Namespace, work: Path) -> dict:
     return {"csv": str(csv), "inter": str(inter)}
 
 
-def command(tool: str, pythons: dict) -> tuple[list, int]:
+def command(tool: str, pythons: dict, spec: dict) -> tuple[list, int]:
     """(how a tool is started, OMP threads of each of its processes): the total is the same for all."""
     script = HERE / "bench" / f"run_{tool}.py"
     if tool != "ours":
-        return [pythons[tool], script], SPEC["threads"]
+        return [pythons[tool], script], spec["threads"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc_per_node={SPEC['threads']}", script], 1
+    return [*torchrun, f"--nproc_per_node={spec['ranks']}", script], spec["threads"] // spec["ranks"]
 
 
 def measure(tool: str, pythons: dict, spec: dict, work: Path) -> dict:
-    result, file = work / "result.json", work / "spec.json"
+    """One measurement in processes of its own."""
+    result, file, log = work / "result.json", work / "spec.json", work / "log.txt"
     result.unlink(missing_ok=True)
-    file.write_text(json.dumps(SPEC | spec | {"result": str(result)}))
-    start, threads = command(tool, pythons)
+    spec = SPEC | spec | {"result": str(result)}
+    file.write_text(json.dumps(spec))
+    start, threads = command(tool, pythons, spec)
     # A passive wait policy helps every tool on a shared machine; ours sets it by itself.
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     env["RECLM_CACHE"] = str(work / "cache")
-    ran = subprocess.run([*start, file], cwd=work, env=env, capture_output=True, text=True)
+    with open(log, "w") as output:
+        process = psutil.Popen([*start, file], cwd=work, env=env, stdout=output, stderr=output)
+        peak = watch_memory(process)
     if not result.is_file():
-        raise UserError(f"{tool} did not finish (exit {ran.returncode}): {ran.stderr.strip()[-500:]}")
-    return json.loads(result.read_text())
+        raise UserError(f"{tool} did not finish (exit {process.returncode}): {log.read_text()[-500:]}")
+    return json.loads(result.read_text()) | {"peak_memory_gib": peak / 2**30}
+
+
+def watch_memory(process: psutil.Popen) -> int:
+    """Wait for the end of a process; returns the peak resident bytes of it and all its children."""
+    peak = 0
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):  # a child may end meanwhile
+            tree = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(part.memory_info().rss for part in tree))
+        time.sleep(0.1)
+    return peak
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Median and range of every rate, and of the preparation time (the first round, which is cold, apart)."""
-    values = {name: [row[a] / row[b] for row in rows] for name, (a, b) in RATES.items()}
-    values["prepare_seconds"] = [row["prepare_seconds"] for row in rows[1:] or rows]
+    """Median and range of each column over the rounds."""
+    values = {name: [value(row) for row in rows] for name, (_, value) in COLUMNS.items()}
+    values["prepare_seconds"] = values["prepare_seconds"][1:]  # the first round is cold
     return {k: {"median": statistics.median(v), "min": min(v), "max": max(v)} for k, v in values.items()}
 
 
-def report(results: dict) -> dict:
-    """Print the table; returns the ratios ours / theirs of the medians."""
-    print(f"\n{'':12}{'tokens/s':>28}{'targets/s':>28}{'users/s ranked':>28}{'warm preparation, s':>28}")
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def table(results: dict, ratios: dict) -> str:
+    """Markdown: a row a tool with medians and ranges, and below each peer what ours is relative to it."""
+    lines = [["", *(heading for heading, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
     for tool, summary in results.items():
-        cells = [f"{v['median']:,.5g} [{v['min']:,.5g}, {v['max']:,.5g}]" for v in summary.values()]
-        print(f"{tool:12}" + "".join(f"{cell:>28}" for cell in cells))
-    ratios = {}
-    for peer in (tool for tool in results if tool != "ours"):
-        for name, ours in results["ours"].items():
-            ratios[f"{name}.{peer}"] = ours["median"] / results[peer][name]["median"]
-    for name, ratio in ratios.items():
-        print(f"{name:32} ours / theirs = {ratio:.3g}")
-    return ratios
+        lines.append(
+            [
+                tool,
+                *(
+                    "{median} [{min}, {max}]".format(**{k: figure(v) for k, v in summary[name].items()})
+                    for name in COLUMNS
+                ),
+            ]
+        )
+        if tool != "ours":
+            lines.append([f"ours / {tool}", *(f"{figure(ratios[f'{name}.{tool}'])}" for name in COLUMNS)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def compare(results: dict) -> dict:
+    """{"train_tokens_per_s.recbole": ours / theirs, ...} of the medians."""
+    return {
+        f"{name}.{tool}": results["ours"][name]["median"] / summary[name]["median"]
+        for tool, summary in results.items()
+        for name in COLUMNS
+        if tool != "ours"
+    }
+
+
+def describe_time_to(score: float, reached: dict) -> str:
+    lines = [f"seconds from the raw file to validation NDCG@10 {score}, ours with the default recipe:"]
+    for tool, row in reached.items():
+        seconds = row["reached_seconds"]
+        done = f"{seconds:.0f}" if seconds else f"not in {row['seconds']:.0f} (best {row['best']:.4f})"
+        lines.append(f"    {tool:10} {done}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -149,19 +211,22 @@ def main() -> None:
     tools = ["ours", *args.peers]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        spec = write_interactions(args, work) | {"steps": args.steps, "time_to": 0.0}
+        spec = write_interactions(args, work) | {"steps": args.steps}
         rounds = {tool: [] for tool in tools}
         for i in range(args.rounds):
             for tool in tools:
-                rounds[tool].append(measure(tool, pythons, spec, work))
-                row = rounds[tool][-1]
-                print(f"round {i} {tool:10} {row['tokens'] / row['train_seconds']:,.0f} tokens/s", flush=True)
+                row = measure(tool, pythons, spec, work)
+                rounds[tool].append(row)
+                cells = [f"{heading} {figure(value(row))}" for heading, value in COLUMNS.values()]
+                print(f"round {i} {tool:10} {'   '.join(cells)}", flush=True)
         results = {tool: summarise(rows) for tool, rows in rounds.items()}
-        output = {"ratios": report(results), "results": results, "spec": SPEC, "rounds": rounds}
+        ratios = compare(results)
+        print(f"\n{table(results, ratios)}\n", flush=True)
+        output = {"ratios": ratios, "results": results, "spec": SPEC, "rounds": rounds}
         if args.time_to:
             spec |= {"time_to": args.time_to, "time_limit": args.time_limit}
             output["time_to"] = {tool: measure(tool, pythons, spec, work) for tool in tools}
-            print(json.dumps(output["time_to"], indent=1))
+            print(describe_time_to(args.time_to, output["time_to"]))
     output["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
     Path(args.out).write_text(json.dumps(output, indent=1))
     print(f"written to {args.out}")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the spine
 
+import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
+
 import main as program
 from data import load_dataset
 from evaluate import evaluate
@@ -19,7 +21,7 @@ def settings(spec: dict) -> dict:
     said = {"dataset": spec["csv"], "device": "cpu"}
     if not spec["time_to"]:
         said |= {name: spec[name] for name in ("dim", "n_layers", "n_heads", "max_len", "dropout")}
-        said |= {name: spec[name] for name in ("batch_size", "lr", "eval_batch_size")} | {"loss": "softmax"}
+        said |= {name: spec[name] for name in ("loss", "batch_size", "lr", "eval_batch_size")}
     return said
 
 
@@ -51,7 +53,9 @@ def measure(spec: dict) -> dict:
     return {
         "prepare_seconds": prepared,
         "train_seconds": row["train_seconds"],
-        "tokens": run.batches.num_tokens,
+        "epoch_seconds": row["train_seconds"],
+        "steps": len(run.batches),
+        "positions": run.batches.num_tokens,
         "targets": run.batches.num_tokens,
         "eval_seconds": time.time() - ranking,
         "eval_users": len(dataset.evaluated),

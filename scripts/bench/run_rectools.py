@@ -1,6 +1,7 @@
 """One measurement of RecTools' SASRec; started by scripts/bench.py in RecTools' own environment."""
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
 from pytorch_lightning import Callback, Trainer
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
@@ -86,10 +88,12 @@ def main(spec: dict) -> dict:
     users = table["user_id"].unique()
     ranking = time.time()
     model.recommend(users, history, k=10, filter_viewed=True)
+    train_seconds = clock.ends[-1] - clock.ends[WARMUP_STEPS - 1]
     return {
         "prepare_seconds": clock.first_start - begin,
-        "train_seconds": clock.ends[-1] - clock.ends[WARMUP_STEPS - 1],
-        "tokens": sum(clock.tokens[WARMUP_STEPS:]),
+        "train_seconds": train_seconds,
+        "epoch_seconds": train_seconds / spec["steps"] * math.ceil(len(users) / spec["batch_size"]),
+        "positions": sum(clock.tokens[WARMUP_STEPS:]),
         "targets": sum(clock.tokens[WARMUP_STEPS:]),
         "eval_seconds": time.time() - ranking,
         "eval_users": len(users),
