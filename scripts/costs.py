@@ -303,7 +303,7 @@ def write_csv(path: Path, dataset: Dataset) -> None:
 
 def plot(costs: dict, path: str) -> None:
     """One picture: the phases and kinds of work as bars, and how a step grows."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.2), layout="constrained")
     phases, work = costs["phases"]["ms"], costs["operators"]
     bars(axes[0], phases, f"a step by phase, ms ({costs['phases']['tokens_per_s']:,.0f} tokens/s)", "{:.0f}")
     shares = {name: 100 * share for name, share in work["shares"].items()}
@@ -321,7 +321,7 @@ def plot(costs: dict, path: str) -> None:
                 x, [y / values[first] for y in values.values()], "o-", label=f"{name}, from {first:,}"
             )
     axes[2].set(xscale="log", yscale="log", xlabel="times as large", title="a step, times as long")
-    axes[2].legend(fontsize=8)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
