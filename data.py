@@ -4,6 +4,8 @@ A batch is a dict of tensors, the only thing the model knows of the data:
     item_ids   (B, T) int64   the history, oldest first, padded with 0 on the right
     lengths    (B,)   int64   real actions in each row
     user_ids   (B,)   int64   0-based
+    timestamps, next_timestamps (B, T) float64 seconds of each action and of the one after it, which is the
+                              one to predict; only where the data have them
   in training also
     targets    (B, T) int64   the next item at each position, 0 where there is none
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn for each position
@@ -154,12 +156,31 @@ def build_sequences(table: pd.DataFrame, min_item_count: int) -> tuple[dict, dic
     return {"notes": notes, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
 
 
-def pad(dataset: Dataset, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-    """(B, width): rows starts : starts + lengths of the item ids, 0 behind the end."""
+def pad(array: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """(B, width): rows starts : starts + lengths of an array of Dataset, 0 behind the end."""
     column = np.arange(width)
     real = column < lengths[:, None]  # (B, T)
     rows = np.where(real, starts[:, None] + column, 0)
-    return np.where(real, dataset.item_ids[rows], 0)
+    return np.where(real, array[rows], 0)
+
+
+def histories(
+    dataset: Dataset, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int
+) -> dict:
+    """What a batch says of its sequences: rows starts : starts + lengths, whose users are `users`."""
+    batch = {
+        "item_ids": pad(dataset.item_ids, starts, lengths, width),
+        "lengths": lengths,
+        "user_ids": users,
+    }
+    if len(dataset.timestamps):
+        batch["timestamps"] = pad(dataset.timestamps, starts, lengths, width)
+        batch["next_timestamps"] = pad(dataset.timestamps, starts + 1, lengths, width)
+    return batch
+
+
+def to_tensors(batch: dict) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
 class TrainBatches:
@@ -220,16 +241,11 @@ class TrainBatches:
     def build(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         lengths, starts, users = self.lengths[rows], self.starts[rows], self.users[rows]
         width = self.max_len if self.cfg.pad_to == "max_len" else int(lengths.max())
-        targets = pad(self.dataset, starts + 1, lengths, width)
-        batch = {
-            "item_ids": pad(self.dataset, starts, lengths, width),
-            "targets": targets,
-            "lengths": lengths,
-            "user_ids": users,
-        }
+        batch = histories(self.dataset, users, starts, lengths, width)
+        batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
         if self.loss.loss != "softmax":
-            batch |= self.sampler.draw(rng, users, targets)
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+            batch |= self.sampler.draw(rng, users, batch["targets"])
+        return to_tensors(batch)
 
 
 class NegativeSampler:
@@ -300,21 +316,19 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
     every user's scores are computed in the same shapes, to the same bits, whoever computes them."""
     users = dataset.evaluated
     held_out = {"valid": 2, "test": 1}[split]
-    histories = dataset.lengths[users] - held_out
-    order = np.argsort(-histories, kind="stable")
-    users, histories = users[order], histories[order]
+    known = dataset.lengths[users] - held_out
+    order = np.argsort(-known, kind="stable")
+    users, known = users[order], known[order]
     for first in range(dist.rank() * batch_size, len(users), dist.world_size() * batch_size):
         chosen = slice(first, first + batch_size)
-        ends = dataset.offsets[users[chosen]] + histories[chosen]  # row of the target
-        lengths = np.minimum(histories[chosen], max_len)
-        seen = pad(dataset, ends - histories[chosen], histories[chosen], int(histories[chosen].max()))
+        ends = dataset.offsets[users[chosen]] + known[chosen]  # row of the target
+        lengths = np.minimum(known[chosen], max_len)
+        seen = pad(dataset.item_ids, ends - known[chosen], known[chosen], int(known[chosen].max()))
         seen_rows, seen_columns = seen.nonzero()
-        batch = {
-            "item_ids": pad(dataset, ends - lengths, lengths, int(lengths.max())),
-            "lengths": lengths,
-            "user_ids": users[chosen],
+        batch = histories(dataset, users[chosen], ends - lengths, lengths, int(lengths.max()))
+        batch |= {
             "target_ids": dataset.item_ids[ends],
             "seen_rows": seen_rows,
             "seen_items": seen[seen_rows, seen_columns],
         }
-        yield {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+        yield to_tensors(batch)

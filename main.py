@@ -51,13 +51,13 @@ def evaluate_checkpoint(said: dict) -> None:
     fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
     cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
     dataset = load_dataset(cfg.data)
-    say(runs.describe_data(dataset))
+    say(runs.describe_data(dataset, cfg.model))
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
     result = runs.describe_run(cfg, dataset) | {"checkpoint": str(path)}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
-        say(runs.format_metrics(f"{split.upper()} of {path}", result[split], cfg.eval.filter_seen))
+        say(runs.format_metrics(f"{split.upper()} of {path}", result[split], cfg))
     target = out_dir / f"eval-{path.stem}.json"
     write_json(target, result)
     say(f"written to {target}")
@@ -133,7 +133,7 @@ def train(said: dict) -> None:
     cfg = build_config(said)
     dataset = load_dataset(cfg.data)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
-    say(runs.describe_data(dataset))
+    say(runs.describe_data(dataset, cfg.model))
     run = Trainer(cfg, dataset, state, path)
     run.open(dist.on_main(lambda: runs.claim_dir(cfg, dataset.name, path)))
     say(runs.describe_model(run.model, len(run.batches), run.batches.num_tokens))
@@ -265,7 +265,7 @@ def report(run: Trainer) -> None:
     }
     write_json(run.out_dir / "result.json", result)
     title = f"TEST, best validation epoch {best}"
-    say(runs.format_metrics(title, result["test"], run.cfg.eval.filter_seen))
+    say(runs.format_metrics(title, result["test"], run.cfg))
     say(runs.describe_files(run.out_dir))
 
 

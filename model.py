@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
 from reclm.dropout import Dropout
+from reclm.hstu import HSTUBlock
 from reclm.losses import LOSSES
 
 
@@ -29,6 +30,8 @@ class Context(NamedTuple):
     query_rotary: Tensor  # the same for the queries
     mask: Tensor | None  # bool (queries, T), True = may attend; None = plain causal
     last: Tensor | None = None  # (B,) the only position whose output is wanted; None = all of them
+    times: Tensor | None = None  # (B, T) timestamps of the actions in seconds; None = not known
+    query_times: Tensor | None = None  # (B, queries) when the outputs are asked for
 
     def wanted(self, x: Tensor) -> Tensor:
         """(B, T, D) -> the positions whose output is wanted: (B, T, D), or (B, 1, D)."""
@@ -44,7 +47,7 @@ def rotary_table(length: int, head_dim: int, theta: float = 10000.0) -> Tensor:
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn each pair of channels of x (B, heads, T, Dh) by its position's angle, so that dot products
-    depend on distance. One complex product takes a fifth of the time of the same in sines and cosines."""
+    depend on distance: one complex product, a single pass over x where sines and cosines take four."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, Dh/2)
     return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
 
@@ -109,7 +112,7 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
-BLOCKS = {"llama": TransformerBlock}
+BLOCKS = {"llama": TransformerBlock, "hstu": HSTUBlock}
 
 
 class SequenceRecommender(nn.Module):
@@ -155,9 +158,9 @@ class SequenceRecommender(nn.Module):
         if self.cfg.scores == "cosine":
             x = F.normalize(x, dim=-1)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
-        contexts = [self.context(x.shape[1])] * len(self.layers)
+        contexts = [self.context(batch)] * len(self.layers)
         if last_only:
-            contexts[-1] = self.context(x.shape[1], batch["lengths"] - 1)
+            contexts[-1] = self.context(batch, batch["lengths"] - 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             for layer, ctx in zip(self.layers, contexts, strict=True):
                 x = layer(x, ctx)
@@ -168,19 +171,24 @@ class SequenceRecommender(nn.Module):
             return F.normalize(hidden, dim=-1) / self.cfg.temperature
         return hidden
 
-    def context(self, length: int, last: Tensor | None = None) -> Context:
-        """What the blocks need for sequences of this length, or for their last positions (B,) alone."""
+    def context(self, batch: dict[str, Tensor], last: Tensor | None = None) -> Context:
+        """What the blocks need for these sequences, or for their last positions (B,) alone."""
+        length = batch["item_ids"].shape[1]
         window = self.cfg.window or length
         rotary = self.rotary[:length]
+        times = batch.get("timestamps")
+        query_times = batch.get("next_timestamps") if self.cfg.request_time else times
         if last is None and window >= length:
-            return Context(rotary, rotary, mask=None)
+            return Context(rotary, rotary, None, None, times, query_times)
         keys = torch.arange(length, device=rotary.device)
         age = (keys if last is None else last)[:, None] - keys  # (queries, T): how many positions ago
         mask = (age >= 0) & (age < window)
         if last is None:
-            return Context(rotary, rotary, mask)
+            return Context(rotary, rotary, mask, None, times, query_times)
         # One query a sequence: (B, 1, 1, Dh/2) and (B, 1, 1, T), the same for all heads.
-        return Context(rotary, rotary[last][:, None, None], mask[:, None, None], last)
+        if times is not None:
+            query_times = query_times.gather(1, last[:, None])
+        return Context(rotary, rotary[last][:, None, None], mask[:, None, None], last, times, query_times)
 
     def item_table(self) -> Tensor:
         """(V, D): the MF layer's item factors, shared with the input embedding."""

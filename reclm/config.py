@@ -20,8 +20,8 @@ from reclm.errors import UserError
 class ModelConfig:
     """Model: fixed by the checkpoint once trained"""
 
-    model_name: Literal["llama"] = "llama"
-    """kind of block"""
+    model_name: Literal["llama", "hstu"] = "llama"
+    """kind of block: LLaMA2 (model.py) or HSTU (reclm/hstu.py)"""
     max_len: int = 200
     """T: a user's history is cut to the last max_len actions"""
     dim: int = 64
@@ -36,6 +36,10 @@ class ModelConfig:
     """F: feed-forward width; 0 = 8/3 dim, rounded up to a multiple of 32"""
     window: int = 0
     """W: attend to the last `window` positions only; 0 = to all"""
+    attention_norm: Literal["length", "max_len"] = "length"
+    """hstu: attention is divided by the number of positions attended to, or always by max_len"""
+    request_time: bool = False
+    """hstu: the model knows WHEN the item to predict was chosen; name it beside every number"""
     dropout: float = 0.2
     """on the embedding and on both residual branches"""
     user_embedding: Literal["none", "explicit"] = "none"
@@ -196,6 +200,10 @@ SECTIONS = {field.name: field.type for field in fields(Config)}
 
 # A setting other than its default has an effect only where another one has one of these values.
 NEEDS = {
+    "n_kv_heads": ("model_name", ("llama",)),
+    "hidden_dim": ("model_name", ("llama",)),
+    "attention_norm": ("model_name", ("hstu",)),
+    "request_time": ("model_name", ("hstu",)),
     "num_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
     "share_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
     "exclude_history": ("loss", ("bce", "gbce", "sampled_softmax")),

@@ -8,8 +8,8 @@ LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout (arXiv 1207.0580), four times faster on a CPU, where torch draws the mask one element at
-    a time on one core: here each 64-bit draw serves four elements. p is rounded to 1 / 65,536."""
+    """nn.Dropout (arXiv 1207.0580), faster on a CPU, where torch draws the mask one element at a time on
+    one core: here each 64-bit draw serves four elements. p is rounded to 1 / 65,536."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...): each element 0 with probability p, else times 1 / (1 - p)."""

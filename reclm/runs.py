@@ -12,7 +12,7 @@ import yaml
 
 from reclm import dist
 from reclm.checkpoint import load_checkpoint
-from reclm.config import SECTIONS, Config
+from reclm.config import SECTIONS, Config, ModelConfig
 from reclm.errors import UserError
 from reclm.metrics import CUTOFFS
 
@@ -115,13 +115,21 @@ def dump_config(cfg: Config) -> str:
     return "\n".join(parts)
 
 
-def describe_data(dataset) -> str:
+def describe_data(dataset, cfg: ModelConfig) -> str:
+    """What is trained on, and what the model gets to know of it. Raises UserError."""
+    notes = list(dataset.notes)
+    if cfg.request_time and not len(dataset.timestamps):
+        raise UserError(f"--request_time=true, but {dataset.name} has no timestamps: leave it out")
+    if cfg.request_time:
+        notes.append("the model knows the time of the item to predict (--request_time=true)")
+    if cfg.model_name == "hstu" and not len(dataset.timestamps):
+        notes.append("no timestamps in these data: the time bias of hstu is off")
     lines = [
         f"data: {dataset.name}, {dataset.num_users:,} users ({len(dataset.evaluated):,} evaluated), "
         f"{dataset.num_items:,} items, {len(dataset.item_ids):,} interactions",
         f"protocol: {dataset.protocol}",
     ]
-    return "\n".join(lines + [f"NOTE: {note}" for note in dataset.notes])
+    return "\n".join(lines + [f"NOTE: {note}" for note in notes])
 
 
 def describe_model(model: torch.nn.Module, num_steps: int, num_tokens: int) -> str:
@@ -139,6 +147,7 @@ def describe_run(cfg: Config, dataset) -> dict:
         "dataset": dataset.name,
         "protocol": dataset.protocol,
         "filter_seen": cfg.eval.filter_seen,
+        "request_time": cfg.model.request_time,
         "num_users": len(dataset.evaluated),
         "num_items": dataset.num_items,
         "model_name": cfg.model.model_name,
@@ -166,10 +175,11 @@ def commit() -> str:
     return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-def format_metrics(title: str, metrics: dict[str, float], filter_seen: bool) -> str:
+def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
     """A small table: one column a cut-off."""
-    seen = "seen items left out" if filter_seen else "seen items kept in"
-    rows = [f"\n{title} (all users x all items, {seen})"]
+    seen = "seen items left out" if cfg.eval.filter_seen else "seen items kept in"
+    request = ", request time known" if cfg.model.request_time else ""
+    rows = [f"\n{title} (all users x all items, {seen}{request})"]
     rows.append("K".rjust(8) + "".join(f"{k:>9}" for k in CUTOFFS))
     for name in ("HR", "NDCG"):
         rows.append(f"{name}@K".rjust(8) + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in CUTOFFS))

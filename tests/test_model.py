@@ -21,6 +21,7 @@ from reclm.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 ITEMS, USERS = 40, 9
+HSTU = {"model_name": "hstu"}  # its own equations: test_hstu.py
 
 
 def config(**changes):
@@ -37,11 +38,18 @@ def random_batch(seed=0, rows=5, width=12):
     lengths = rng.integers(2, width + 1, rows)
     lengths[0] = width
     ids = rng.integers(1, ITEMS + 1, (rows, width)) * (np.arange(width) < lengths[:, None])
+    times = torch.from_numpy(10.0 ** rng.uniform(0, 7, (rows, width + 1)).cumsum(1))
     return {
         "item_ids": torch.from_numpy(ids),
+        "timestamps": times[:, :-1],
+        "next_timestamps": times[:, 1:],
         "lengths": torch.from_numpy(lengths),
         "user_ids": torch.from_numpy(rng.integers(0, USERS, rows)),
     }
+
+
+def full_batch(length):
+    return {"item_ids": torch.ones(1, length, dtype=torch.long)}
 
 
 def context(cfg, length, window=0):
@@ -227,7 +235,7 @@ def test_window_that_covers_all_is_full_attention():
     for window in (12, 13, 1000):
         windowed = build(window=window)
         windowed.load_state_dict(full.state_dict())
-        assert windowed.context(12).mask is None
+        assert windowed.context(full_batch(12)).mask is None
         assert torch.equal(full(batch), windowed(batch))
     narrow = build(window=11)
     narrow.load_state_dict(full.state_dict())
@@ -236,14 +244,25 @@ def test_window_that_covers_all_is_full_attention():
 
 @pytest.mark.parametrize("window", [1, 2, 5, 7])
 def test_window_mask(window):
-    mask = build(window=window).context(8).mask
+    mask = build(window=window).context(full_batch(8)).mask
     naive = [[q - window < k <= q for k in range(8)] for q in range(8)]
     assert mask.tolist() == naive
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"window": 3}, {"window": 1}, {"n_kv_heads": 2}, {"n_layers": 1}, {"dtype": "bfloat16"}],
+    [
+        {},
+        {"window": 3},
+        {"window": 1},
+        {"n_kv_heads": 2},
+        {"n_layers": 1},
+        {"dtype": "bfloat16"},
+        HSTU,
+        HSTU | {"window": 3},
+        HSTU | {"request_time": True},
+        HSTU | {"dtype": "bfloat16"},
+    ],  # fmt: skip
 )
 def test_last_position_alone_is_the_last_of_all(changes):
     """The fast path of evaluation against its plain twin; the tolerance is rounding of sums in another
@@ -256,7 +275,7 @@ def test_last_position_alone_is_the_last_of_all(changes):
     torch.testing.assert_close(alone[:, 0], last, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 2}, {"scores": "cosine"}])
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 2}, {"scores": "cosine"}, HSTU])
 def test_future_never_changes_the_past(changes):
     model, batch = build(**changes), random_batch()
     before = model.encode(batch)
@@ -268,15 +287,16 @@ def test_future_never_changes_the_past(changes):
         assert (after[:, changed:] - before[:, changed:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"user_embedding": "explicit"}])
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"user_embedding": "explicit"}, HSTU])
 def test_padding_never_changes_real_positions(changes):
     model, batch = build(**changes), random_batch()
     hidden, scores = model.encode(batch), model(batch)
-    wide = nn.functional.pad(batch["item_ids"], (0, 4))
-    torch.testing.assert_close(model(batch | {"item_ids": wide}), scores, atol=1e-5, rtol=1e-5)
+    by_position = ("item_ids", "timestamps", "next_timestamps")
+    wide = {name: nn.functional.pad(batch[name], (0, 4)) for name in by_position}
+    torch.testing.assert_close(model(batch | wide), scores, atol=1e-5, rtol=1e-5)
     for row, length in enumerate(batch["lengths"].tolist()):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        alone["item_ids"] = alone["item_ids"][:, :length]
+        alone |= {name: alone[name][:, :length] for name in by_position}
         torch.testing.assert_close(model.encode(alone)[0], hidden[row, :length], atol=1e-5, rtol=1e-5)
         garbage = batch["item_ids"].clone()
         garbage[row, length:] = 3
@@ -344,8 +364,9 @@ def test_padding_row_stays_zero_in_training(loss, scores):
     assert not torch.equal(model.item_embedding.weight, before)
 
 
-def test_every_parameter_gets_a_gradient():
-    model, batch = build(user_embedding="explicit", loss="softmax").train(), random_batch()
+@pytest.mark.parametrize("changes", [{}, HSTU])
+def test_every_parameter_gets_a_gradient(changes):
+    model, batch = build(user_embedding="explicit", loss="softmax", **changes).train(), random_batch()
     model(batch | {"targets": batch["item_ids"]}).backward()
     assert [name for name, weight in model.named_parameters() if not weight.grad.abs().sum() > 0] == []
 
@@ -381,8 +402,9 @@ def test_same_seed_same_weights():
     assert not torch.equal(first(random_batch()), other(random_batch()))
 
 
-def test_bfloat16_is_close_to_float32():
-    full, half = build(), build(dtype="bfloat16")
+@pytest.mark.parametrize("changes", [{}, HSTU])
+def test_bfloat16_is_close_to_float32(changes):
+    full, half = build(**changes), build(dtype="bfloat16", **changes)
     half.load_state_dict(full.state_dict())
     expected, got = full(random_batch()), half(random_batch())
     assert not torch.equal(expected, got)  # else it is not bfloat16
@@ -390,8 +412,9 @@ def test_bfloat16_is_close_to_float32():
     assert all(weight.dtype == torch.float32 for weight in half.parameters())
 
 
-def test_compiled_blocks_give_the_same_numbers():
-    plain = build(n_layers=1, loss="softmax")
+@pytest.mark.parametrize("changes", [{}, HSTU])
+def test_compiled_blocks_give_the_same_numbers(changes):
+    plain = build(n_layers=1, loss="softmax", **changes)
     compiled = copy.deepcopy(plain)
     for layer in compiled.layers:
         # All of torch.compile but its code generator, which takes half a minute.

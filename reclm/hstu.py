@@ -1,0 +1,120 @@
+"""The HSTU block of "Actions Speak Louder than Words" (arXiv 2402.17152, section 3.2).
+
+    U, V, Q, K = SiLU(f1(norm(X)))                          (eq. 1)
+    A V = SiLU(Q K' + rab) V / n                            (eq. 2), n = number of positions attended to
+    Y = X + f2(norm(A V) * U)                               (eq. 3)
+
+Weights are not normalised to sum to 1: how often something happened stays visible. `rab` is a learned
+number for each distance in positions, and one for each (logarithmic) length of time passed. There is no
+feed-forward layer: the gate U takes its place."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reclm.config import ModelConfig
+from reclm.dropout import Dropout
+
+NUM_BUCKETS = 40  # the last one starts at e ** (39 * 0.5), some ten years, in seconds
+BUCKET_WIDTH = 0.5  # in the natural logarithm
+ROWS = 64  # queries worked on at once: keys behind the last of them are not looked at
+SCORES = 2**18  # scores held at once, 1 MiB: stays in the cache of a core
+
+
+class Lookup(torch.autograd.Function):
+    """table[index] for a table of numbers; its gradient in one pass (torch's goes index by index)."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(table)
+        return table[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return torch.bincount(index.flatten(), grad.flatten(), ctx.size).to(grad.dtype), None
+
+
+class RelativeBias(nn.Module):
+    """rab of eq. 2, the same for all heads; 0 at first."""
+
+    def __init__(self, max_len: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(max_len))
+        self.time = nn.Parameter(torch.zeros(NUM_BUCKETS))
+
+    def forward(self, age: Tensor, passed: Tensor | None) -> Tensor:
+        """age (1 or b, r, t): positions from key to query; passed (b, r, t): seconds, or None where the
+        data have no timestamps -> (1 or b, r, t)."""
+        bias = Lookup.apply(self.position, age.clamp(min=0))
+        if passed is None:
+            return bias + 0 * self.time[0]  # so that every parameter has a gradient, as DDP wants
+        bucket = passed.clamp(min=1).log().div(BUCKET_WIDTH).clamp(max=NUM_BUCKETS - 1).long()
+        return bias + Lookup.apply(self.time, bucket)
+
+
+class HSTUBlock(nn.Module):
+    """Pointwise aggregated attention with relative bias, gated; residual."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.wu, self.wv, self.wq, self.wk = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
+        self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.attention_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.output_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.relative_bias = RelativeBias(cfg.max_len)
+        self.dropout = Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, ctx) -> Tensor:
+        """(B, T, D) -> (B, T, D), with model.Context; position t sees positions <= t, at most W of them."""
+        normed = self.attention_norm(x)
+        wanted = ctx.wanted(normed)
+        heads = (self.cfg.n_heads, self.cfg.dim // self.cfg.n_heads)
+        u = F.silu(self.wu(wanted))  # (B, T, D)
+        q = F.silu(self.wq(wanted)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
+        k = F.silu(self.wk(normed)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
+        v = F.silu(self.wv(normed)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
+        out = self.attend_in_parts(q, k, v, ctx).transpose(1, 2).flatten(2)  # (B, T, D)
+        return ctx.wanted(x) + self.wo(self.dropout(self.output_norm(out) * u))
+
+    @torch.compiler.disable  # its loops are over sizes that change with every batch
+    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, ctx) -> Tensor:
+        """`attend` on a few sequences and queries at a time, recomputed in the backward pass: scores take
+        SCORES numbers, whatever B and T are, and those of the future are mostly not computed."""
+        batch, heads, length, _ = k.shape
+        places = torch.arange(length, device=q.device)
+        asked = places[None] if ctx.last is None else ctx.last[:, None]  # (1, T) or (B, 1)
+        size = max(1, SCORES // (heads * min(ROWS, q.shape[2]) * length))
+        parts = []
+        for start in range(0, batch, size):
+            b = slice(start, start + size)
+            rows = []
+            for first in range(0, q.shape[2], ROWS):
+                r = slice(first, first + ROWS)
+                t = slice(0, first + ROWS if ctx.last is None else length)
+                age = (asked if ctx.last is None else asked[b])[:, r, None] - places[t]  # (1 or b, r, t)
+                passed = None
+                if ctx.times is not None:
+                    passed = (ctx.query_times[b, r, None] - ctx.times[b, None, t]).float()  # (b, r, t)
+                inputs = (q[b, :, r], k[b, :, t], v[b, :, t], age, passed)
+                if torch.is_grad_enabled():
+                    rows.append(
+                        checkpoint(self.attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    )
+                else:
+                    rows.append(self.attend(*inputs))
+            parts.append(torch.cat(rows, dim=2))
+        return torch.cat(parts)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, age: Tensor, passed: Tensor | None) -> Tensor:
+        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh), see RelativeBias -> (b, H, r, Dh)."""
+        scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)
+        seen = (age >= 0) & (age < (self.cfg.window or self.cfg.max_len))  # (1 or b, r, t)
+        if self.cfg.attention_norm == "length":
+            count = seen.sum(-1, keepdim=True)[:, None]  # (1 or b, 1, r, 1)
+        else:
+            count = self.cfg.max_len
+        return (F.silu(scores) * seen[:, None] / count) @ v
