@@ -47,7 +47,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, age: Tensor, passed: Tensor | None) -> Tensor:
         """age (1 or b, r, t): positions from key to query; passed (b, r, t): seconds, or None where the
-        data have no timestamps -> (1 or b, r, t)."""
+        data have no timestamps -> (b, r, t)."""
         bias = Lookup.apply(self.position, age.clamp(min=0))
         if passed is None:
             return bias + 0 * self.time[0]  # so that every parameter has a gradient, as DDP wants
@@ -85,29 +85,27 @@ class HSTUBlock(nn.Module):
         """`attend` on a few sequences and queries at a time, recomputed in the backward pass: scores take
         SCORES numbers, whatever B and T are, and those of the future are mostly not computed."""
         batch, heads, length, _ = k.shape
-        places = torch.arange(length, device=q.device)
-        asked = places[None] if ctx.last is None else ctx.last[:, None]  # (1, T) or (B, 1)
+        asked = (
+            torch.arange(length, device=q.device).expand(batch, -1) if ctx.last is None else ctx.last[:, None]
+        )
+        inputs = [q, k, v, asked] + ([] if ctx.times is None else [ctx.query_times, ctx.times])
         size = max(1, SCORES // (heads * min(ROWS, q.shape[2]) * length))
-        parts = []
-        for start in range(0, batch, size):
-            b = slice(start, start + size)
-            rows = []
-            for first in range(0, q.shape[2], ROWS):
-                r = slice(first, first + ROWS)
-                t = slice(0, first + ROWS if ctx.last is None else length)
-                age = (asked if ctx.last is None else asked[b])[:, r, None] - places[t]  # (1 or b, r, t)
-                passed = None
-                if ctx.times is not None:
-                    passed = (ctx.query_times[b, r, None] - ctx.times[b, None, t]).float()  # (b, r, t)
-                inputs = (q[b, :, r], k[b, :, t], v[b, :, t], age, passed)
-                if torch.is_grad_enabled():
-                    rows.append(
-                        checkpoint(self.attend, *inputs, use_reentrant=False, preserve_rng_state=False)
-                    )
-                else:
-                    rows.append(self.attend(*inputs))
-            parts.append(torch.cat(rows, dim=2))
-        return torch.cat(parts)
+        parts = zip(*(tensor.split(size) for tensor in inputs), strict=True)
+        return torch.cat([self.attend_in_rows(*part) for part in parts])
+
+    def attend_in_rows(self, q, k, v, asked, query_times=None, times=None) -> Tensor:
+        """asked (b, queries): the position of each query. The rest as for `attend`."""
+        all_asked = q.shape[2] == k.shape[2]
+        asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
+        rows = []
+        for first in range(0, q.shape[2], ROWS):
+            r = slice(first, first + ROWS)
+            t = slice(0, first + ROWS if all_asked else None)
+            age = asked[:, r, None] - torch.arange(k.shape[2], device=q.device)[t]  # (1 or b, r, t)
+            passed = None if times is None else (query_times[:, r, None] - times[:, None, t]).float()
+            inputs = (q[:, :, r], k[:, :, t], v[:, :, t], age, passed)
+            rows.append(checkpoint(self.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(rows, dim=2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, age: Tensor, passed: Tensor | None) -> Tensor:
         """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh), see RelativeBias -> (b, H, r, Dh)."""

@@ -147,3 +147,12 @@ def test_runs_name_what_they_knew_of_time(tmp_path):
     assert read_json(tmp_path / "a" / "result.json")["request_time"] is True
     shown = python(*flags, "--out_dir=b", cwd=tmp_path).ok().stdout
     assert "request time" not in shown and "NOTE" not in shown
+
+
+def test_last_query_alone_sees_all_of_a_long_history():
+    """Longer than ROWS, where queries are worked on in parts and a single one is not."""
+    torch.manual_seed(0)
+    batch = random_batch(rows=3, width=hstu.ROWS + 9)
+    model = build(model_name="hstu", max_len=hstu.ROWS + 9)
+    last = model.encode(batch)[torch.arange(3), batch["lengths"] - 1]
+    torch.testing.assert_close(model.encode(batch, last_only=True)[:, 0], last, atol=1e-5, rtol=1e-5)
