@@ -157,9 +157,13 @@ def describe_run(cfg: Config, dataset) -> dict:
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit(),
         "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {gpu}"
 
 
 def commit() -> str:

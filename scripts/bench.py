@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the spine
 
 from data import load_dataset  # noqa: E402
+from reclm import runs  # noqa: E402
 from reclm.config import DataConfig  # noqa: E402
 from reclm.errors import UserError  # noqa: E402
 
@@ -227,7 +228,11 @@ def main() -> None:
             spec |= {"time_to": args.time_to, "time_limit": args.time_limit}
             output["time_to"] = {tool: measure(tool, pythons, spec, work) for tool in tools}
             print(describe_time_to(args.time_to, output["time_to"]))
-    output["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    output |= {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": runs.commit(),
+        "machine": runs.machine(),
+    }
     Path(args.out).write_text(json.dumps(output, indent=1))
     print(f"written to {args.out}")
 

@@ -344,7 +344,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dist.keep_freed_memory()
     run = trainer(made_up(**ML_1M))
-    costs = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": runs.commit(), "threads": args.threads}
+    costs = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": runs.commit()}
+    costs |= {"machine": runs.machine(), "threads": args.threads}
     costs["phases"] = phases(run)
     say(f"{costs['phases']['tokens_per_s']:,.0f} tokens/s; ms a step: {rounded(costs['phases']['ms'])}")
     costs["operators"] = operators(run)
