@@ -6,7 +6,7 @@
 Every tool reads the same interactions, trains SASRec-sized blocks (d = 64, 2 blocks, 2 heads, length 200,
 batch 128, full softmax) and ranks all items for all users. Peers run in virtual environments of their own,
 made here on first use, with their fast options (scripts/bench/run_*.py say which). Rounds alternate between
-the tools; the table shows medians, with the range.
+the tools; the table shows medians, with the range. --model_name=hstu: HSTU blocks, beside those of RecTools.
 
 trained tokens/s   positions that the loss is taken at. An epoch of every tool trains the same ones.
 positions/s        real positions (no padding) that go through the blocks. RecBole trains one target a row
@@ -52,8 +52,9 @@ PACKAGES = {
     "replay": ["replay-rec[torch]==0.22.0", "torch==2.13.0"],
 }
 SPEC = {
-    "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2, "batch_size": 128, "lr": 1e-3,
-    "loss": "softmax", "eval_batch_size": 256, "threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0,
+    "model_name": "llama", "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2,
+    "loss": "softmax", "batch_size": 128, "lr": 1e-3, "eval_batch_size": 256,
+    "threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0,
 }  # fmt: skip
 COLUMNS = {  # name: (heading, how it follows from what a worker writes)
     "train_tokens_per_s": ("trained tokens/s", lambda row: row["targets"] / row["train_seconds"]),
@@ -70,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
     parser.add_argument("--data_dir", help="as for main.py")
     parser.add_argument("--dataset", help="as for main.py")
+    parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="blocks of ours")
     parser.add_argument("--out", default="bench.json")
     parser.add_argument("--rounds", type=int, default=3, help="at least 2: the first one fills our cache")
     parser.add_argument("--steps", type=int, default=24, help="timed steps of a peer; ours runs whole epochs")
@@ -83,6 +85,8 @@ def parse_args() -> argparse.Namespace:
     unknown = [name for name in args.peers if name not in PACKAGES]
     if unknown or args.rounds < 2 or args.steps < 1:
         raise UserError(f"--peers knows {', '.join(PACKAGES)}; --rounds is at least 2, --steps at least 1")
+    if args.model_name == "hstu" and args.peers not in ([], ["rectools"]):
+        raise UserError("only RecTools has HSTU blocks: use --peers=rectools with --model_name=hstu")
     if Path(args.out).exists():
         raise UserError(f"--out={args.out} exists and is not overwritten: name another file")
     return args
@@ -212,7 +216,7 @@ def main() -> None:
     tools = ["ours", *args.peers]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        spec = write_interactions(args, work) | {"steps": args.steps}
+        spec = write_interactions(args, work) | {"steps": args.steps, "model_name": args.model_name}
         rounds = {tool: [] for tool in tools}
         for i in range(args.rounds):
             for tool in tools:
@@ -223,7 +227,8 @@ def main() -> None:
         results = {tool: summarise(rows) for tool, rows in rounds.items()}
         ratios = compare(results)
         print(f"\n{table(results, ratios)}\n", flush=True)
-        output = {"ratios": ratios, "results": results, "spec": SPEC, "rounds": rounds}
+        used = SPEC | {"steps": args.steps, "model_name": args.model_name}
+        output = {"ratios": ratios, "results": results, "spec": used, "rounds": rounds}
         if args.time_to:
             spec |= {"time_to": args.time_to, "time_limit": args.time_limit}
             output["time_to"] = {tool: measure(tool, pythons, spec, work) for tool in tools}

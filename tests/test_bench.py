@@ -77,6 +77,7 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
     ("flags", "words"),
     [
         (["--peers=nobody"], "--peers knows recbole"),
+        (["--model_name=hstu"], "only RecTools has HSTU blocks"),
         (["--rounds=1"], "--rounds is at least 2"),
         (["--out={}"], "is not overwritten"),
         (["--peers=", "--dataset=none.csv"], "none.csv"),

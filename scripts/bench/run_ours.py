@@ -18,7 +18,7 @@ from reclm.config import build_config
 
 def settings(spec: dict) -> dict:
     """The sizes of the comparison, or for the time to a score simply our defaults."""
-    said = {"dataset": spec["csv"], "device": "cpu"}
+    said = {"dataset": spec["csv"], "device": "cpu", "model_name": spec["model_name"]}
     if not spec["time_to"]:
         said |= {name: spec[name] for name in ("dim", "n_layers", "n_heads", "max_len", "dropout")}
         said |= {name: spec[name] for name in ("loss", "batch_size", "lr", "eval_batch_size")}

@@ -1,4 +1,4 @@
-"""One measurement of RecTools' SASRec; started by scripts/bench.py in RecTools' own environment."""
+"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench.py in RecTools' own environment."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import torch
 import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
 from pytorch_lightning import Callback, Trainer
 from rectools.dataset import Dataset
-from rectools.models import SASRecModel
+from rectools.models import HSTUModel, SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
 
 warnings.filterwarnings("ignore")
@@ -34,7 +34,7 @@ class StepClock(Callback):
         self.tokens.append(int((batch["y"] != 0).sum()))
 
 
-def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel:
+def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel | HSTUModel:
     """The library's own defaults but for sizes, batch and rate; features other than ids switched off."""
 
     def trainer() -> Trainer:  # no logger, no checkpoints, no progress bar: nothing but training
@@ -43,13 +43,20 @@ def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel:
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
 
-    return SASRecModel(
+    kind = {"llama": SASRecModel, "hstu": HSTUModel}[spec["model_name"]]
+    return kind(
         n_factors=spec["dim"], n_blocks=spec["n_layers"], n_heads=spec["n_heads"],
         dropout_rate=spec["dropout"], session_max_len=spec["max_len"], batch_size=spec["batch_size"],
         loss="softmax", lr=spec["lr"],
         item_net_block_types=(IdEmbeddingsItemNet,), get_trainer_func=trainer,
         recommend_torch_device="cpu", recommend_batch_size=spec["eval_batch_size"],
     )  # fmt: skip
+
+
+def recommend(model, dataset: Dataset, asked: pd.DataFrame) -> pd.DataFrame:
+    """Ten items for each user of `asked`, whose times HSTU wants to know."""
+    context = asked[["user_id", "datetime"]] if model.require_recommend_context else None
+    return model.recommend(asked["user_id"].to_numpy(), dataset, k=10, filter_viewed=True, context=context)
 
 
 def ndcg_at_10(recommended: pd.DataFrame, targets: pd.DataFrame) -> float:
@@ -68,13 +75,13 @@ def main(spec: dict) -> dict:
     dataset = Dataset.construct(train[["user_id", "item_id", "datetime", "weight"]])
     clock = StepClock()
     if spec["time_to"]:
-        valid = table.loc[from_the_end == 1, ["user_id", "item_id"]]
+        valid = table[from_the_end == 1]
         model = build(spec, clock, max_steps=1.0)
         score, reached = 0.0, None
         while time.time() - begin < spec["time_limit"]:
             model.fit_partial(dataset, min_epochs=1, max_epochs=1)
-            recommended = model.recommend(valid["user_id"].to_numpy(), dataset, k=10, filter_viewed=True)
-            score = max(score, ndcg_at_10(recommended, valid))
+            recommended = recommend(model, dataset, valid)
+            score = max(score, ndcg_at_10(recommended, valid[["user_id", "item_id"]]))
             if score >= spec["time_to"]:
                 reached = time.time() - begin
                 break
@@ -85,18 +92,18 @@ def main(spec: dict) -> dict:
     clock = next(part for part in model.fit_trainer.callbacks if isinstance(part, StepClock))
     history = table[from_the_end >= 1]  # known when the test item is predicted
     history = Dataset.construct(history[["user_id", "item_id", "datetime", "weight"]])
-    users = table["user_id"].unique()
+    asked = table[from_the_end == 0]
     ranking = time.time()
-    model.recommend(users, history, k=10, filter_viewed=True)
+    recommend(model, history, asked)
     train_seconds = clock.ends[-1] - clock.ends[WARMUP_STEPS - 1]
     return {
         "prepare_seconds": clock.first_start - begin,
         "train_seconds": train_seconds,
-        "epoch_seconds": train_seconds / spec["steps"] * math.ceil(len(users) / spec["batch_size"]),
+        "epoch_seconds": train_seconds / spec["steps"] * math.ceil(len(asked) / spec["batch_size"]),
         "positions": sum(clock.tokens[WARMUP_STEPS:]),
         "targets": sum(clock.tokens[WARMUP_STEPS:]),
         "eval_seconds": time.time() - ranking,
-        "eval_users": len(users),
+        "eval_users": len(asked),
     }
 
 
