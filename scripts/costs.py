@@ -79,13 +79,12 @@ def seconds(work: Callable, repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def step(run: program.Trainer, batches) -> int:
-    """One optimizer step on the next batch; returns its number of targets."""
-    _, micro_batches, num_targets = next(batches)
+def step(run: program.Trainer, batch: tuple) -> None:
+    """One optimizer step on a batch of TrainBatches."""
+    _, micro_batches, num_targets = batch
     program.accumulate_gradients(run, micro_batches, num_targets)
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
-    return num_targets
 
 
 def phases(run: program.Trainer, steps: int = 24) -> dict:
@@ -120,13 +119,11 @@ def phases(run: program.Trainer, steps: int = 24) -> dict:
 
 def operators(run: program.Trainer, steps: int = 5) -> dict:
     """Shares of a step by kind of work, and its efficiency: time of its plain matrix products / its time."""
-    batch = max(
-        run.batches.epoch(0), key=lambda batch: batch[2]
-    )  # always the same: nothing is allocated anew
-    plain = seconds(lambda: step(run, iter([batch])), 2 * steps)
+    batch = max(run.batches.epoch(0), key=lambda batch: batch[2])  # the same in all steps: no new memory
+    plain = seconds(lambda: step(run, batch), 2 * steps)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(steps):
-            step(run, iter([batch]))
+            step(run, batch)
     shares, limit, flops = defaultdict(float), 0.0, 0.0
     for event in profiler.key_averages(group_by_input_shape=True):
         kind = next((kind for part, kind in KINDS.items() if part in event.key), "other elementwise work")
@@ -199,7 +196,7 @@ def growth() -> dict:
         for value, (size, said) in cases.items():
             run = trainer(made_up(**size), **said)
             batches = cycle(islice(run.batches.epoch(0), 2))
-            result[name][value] = 1e3 * seconds(lambda run=run, batches=batches: step(run, batches), 3)
+            result[name][value] = 1e3 * seconds(lambda run=run, batches=batches: step(run, next(batches)), 3)
             say(f"{name} = {value:,}: {result[name][value]:,.0f} ms a step")
     result["users, ranking them all (s)"] = {}
     for users in (1_000, 10_000, 100_000):
