@@ -94,21 +94,23 @@ class HSTUBlock(nn.Module):
         return torch.cat([self.attend_in_rows(*part) for part in parts])
 
     def attend_in_rows(self, q, k, v, asked, query_times=None, times=None) -> Tensor:
-        """asked (b, queries): the position of each query. The rest as for `attend`."""
+        """asked (b, queries): the position of each query; query_times (b, queries) and times (b, t): when
+        it is asked and when the keys happened. The rest as for `attend`."""
         all_asked = q.shape[2] == k.shape[2]
         asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
         rows = []
         for first in range(0, q.shape[2], ROWS):
             r = slice(first, first + ROWS)
             t = slice(0, first + ROWS if all_asked else None)
-            age = asked[:, r, None] - torch.arange(k.shape[2], device=q.device)[t]  # (1 or b, r, t)
-            passed = None if times is None else (query_times[:, r, None] - times[:, None, t]).float()
-            inputs = (q[:, :, r], k[:, :, t], v[:, :, t], age, passed)
+            clock = () if times is None else (query_times[:, r], times[:, t])
+            inputs = (q[:, :, r], k[:, :, t], v[:, :, t], asked[:, r], *clock)
             rows.append(checkpoint(self.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(rows, dim=2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, age: Tensor, passed: Tensor | None) -> Tensor:
-        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh), see RelativeBias -> (b, H, r, Dh)."""
+    def attend(self, q, k, v, asked, query_times=None, times=None) -> Tensor:
+        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) -> (b, H, r, Dh)."""
+        age = asked[:, :, None] - torch.arange(k.shape[2], device=k.device)  # (1 or b, r, t)
+        passed = None if times is None else (query_times[:, :, None] - times[:, None]).float()  # (b, r, t)
         scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)
         seen = (age >= 0) & (age < (self.cfg.window or self.cfg.max_len))  # (1 or b, r, t)
         if self.cfg.attention_norm == "length":

@@ -36,8 +36,9 @@ from torch.profiler import ProfilerActivity, profile
 import main as program
 from data import Dataset
 from evaluate import evaluate
-from reclm import dist, runs
-from reclm.config import build_config
+from model import SequenceRecommender
+from reclm import dist, hstu, runs
+from reclm.config import LossConfig, ModelConfig, build_config
 from reclm.losses import softmax
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
@@ -223,10 +224,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def softmax_memory(kind: str, positions: int, items: int) -> float:
-    """Peak MiB that a softmax loss and its gradients take, in a process of its own."""
+def alone(work: Callable, *inputs):
+    """work(*inputs) in a process of its own, whose peak of memory is that of the work."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_of_loss, (kind, positions, items))
+        return pool.apply(work, inputs)
+
+
+def softmax_memory(kind: str, positions: int, items: int) -> float:
+    """Peak MiB that a softmax loss and its gradients take."""
+    return alone(peak_of_loss, kind, positions, items)
 
 
 def peak_of_loss(kind: str, positions: int, items: int) -> float:
@@ -266,6 +272,34 @@ def memory() -> list[dict]:
         )
         say(f"loss of {positions:,} x {items:,} scores, MiB: chunked {chunked:.0f}, all at once {whole:.0f}")
     return rows
+
+
+def block_costs() -> list[dict]:
+    """Forward and backward of one block over 12,000 tokens, by length: both kinds, and HSTU all at once."""
+    rows = []
+    for length in (200, 1000, 4000):
+        for kind in ("llama", "hstu", "hstu, all scores at once"):
+            milliseconds, mib = alone(cost_of_block, kind, length)
+            rows.append({"block": kind, "T": length, "ms": milliseconds, "mib": mib})
+            say(f"{kind}, T = {length:,}: {milliseconds:.0f} ms, {mib:,.0f} MiB")
+    return rows
+
+
+def cost_of_block(kind: str, length: int) -> tuple[float, float]:
+    """(milliseconds, peak MiB)"""
+    torch.set_num_threads(1)
+    dist.keep_freed_memory()
+    if "at once" in kind:
+        hstu.ROWS = hstu.SCORES = sys.maxsize
+        hstu.checkpoint = lambda work, *inputs, **_: work(*inputs)
+    shape = (12_000 // length, length)
+    times = torch.arange(length).expand(shape).double() * 3600
+    batch = {"item_ids": torch.randint(1, 1000, shape), "timestamps": times}
+    cfg = ModelConfig(model_name=kind.split(",")[0], max_len=length, n_layers=1)
+    model = SequenceRecommender(cfg, LossConfig(), 1000, 1)
+    before = peak_resident()
+    milliseconds = 1e3 * seconds(lambda: model.encode(batch).sum().backward(), 3)
+    return milliseconds, peak_resident() - before
 
 
 def launches(items: int) -> dict:
@@ -348,6 +382,7 @@ def main() -> None:
     costs["operators"] = operators(run)
     say(f"by kind of work: {rounded(costs['operators'], 3)}")
     costs["memory"] = memory()
+    costs["blocks"] = block_costs()
     costs["growth"] = growth()
     costs["launches"] = launches(args.items)
     Path(args.out).write_text(json.dumps(costs, indent=1))
