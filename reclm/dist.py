@@ -16,6 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reclm.errors import UserError
 
+# The process group, held until the interpreter ends. DDP holds it too, and as its last owner would free it
+# with the GIL taken, while gloo's threads, which must finish first, may wait for the GIL to let go of the
+# last barrier: one interrupted run in thirty hung at its exit. Freed by Python, it is without the GIL.
+_group = None
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -47,6 +52,8 @@ def distributed():
             # rank may wait for another one to download and prepare the data.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
+            global _group
+            _group = dist.group.WORLD
         yield
         barrier()  # without it gloo aborts one run in a hundred at interpreter exit
     except (UserError, OSError) as error:
