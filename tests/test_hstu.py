@@ -38,8 +38,8 @@ def ref_block(block, x, times=None, query_times=None):
             for s in seen:
                 rab = array(bias.position)[t - s]
                 if times is not None:
-                    seconds = max(1.0, query_times[t] - times[s])
-                    rab += array(bias.time)[min(hstu.NUM_BUCKETS - 1, int(math.log(seconds) / 0.5))]
+                    seconds = query_times[t] - times[s]
+                    rab += array(bias.time)[min(hstu.NUM_BUCKETS - 1, int(math.log(1 + seconds) / 0.5))]
                 out[t, part] += silu(q[t, part] @ k[s, part] + rab) * v[s, part] / n
     return x + (ref_layer_norm(out, block.output_norm) * u) @ array(block.wo.weight).T
 
@@ -77,17 +77,19 @@ def test_block_is_the_papers(window, attention_norm, time):
 
 
 def test_parts_are_the_whole(monkeypatch):
-    """More rows than ROWS and more scores than SCORES at once, against one part; gradients too."""
-    x, times = sequences(rows=5, length=2 * hstu.ROWS + 7)
+    """More rows than ROWS and more scores than SCORES at once, kept or recomputed, against one part;
+    gradients too."""
+    x, times = sequences(rows=5, length=135)
     found = []
-    for rows, scores in ((hstu.ROWS, 1), (hstu.ROWS, hstu.SCORES), (10**6, 10**9)):
-        monkeypatch.setattr(hstu, "ROWS", rows), monkeypatch.setattr(hstu, "SCORES", scores)
+    for rows, scores, kept in ((64, 1, 0), (64, 2**18, 0), (64, 2**18, 2**23), (10**6, 10**9, 2**23)):
+        for name, value in (("ROWS", rows), ("SCORES", scores), ("KEPT_SCORES", kept)):
+            monkeypatch.setattr(hstu, name, value)
         block, inputs = random_block(), x.clone().requires_grad_()
         out = block(inputs, Context(None, None, None, None, times[:, :-1], times[:, :-1]))
         (out**2).sum().backward()
         found.append([out, inputs.grad, *(weight.grad for weight in block.parameters())])
-    for part in found[:2]:
-        for one, other in zip(part, found[2], strict=True):
+    for part in found[:-1]:
+        for one, other in zip(part, found[-1], strict=True):
             torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
@@ -103,7 +105,8 @@ def test_gradients():
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *weights))
 
 
-def test_no_scores_of_all_pairs_are_kept_for_the_backward_pass():
+def test_too_many_scores_are_not_kept_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(hstu, "KEPT_SCORES", 140 * 140)
     block, (x, times) = random_block(), sequences(rows=2, length=140)
     sizes = []
 
