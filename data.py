@@ -79,7 +79,7 @@ def load_dataset(cfg: DataConfig) -> Dataset:
 
     def find_and_prepare() -> tuple[Source, Path]:
         source = find_dataset(cfg.dataset, data_dir, cfg.unordered_ok)
-        return source, prepare(source, cfg.min_item_count)
+        return source, prepare(source, cfg.min_item_count, cfg.shuffle_ties)
 
     source, folder = dist.on_main(find_and_prepare)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
@@ -88,9 +88,9 @@ def load_dataset(cfg: DataConfig) -> Dataset:
     return Dataset(name=source.name, protocol=source.protocol, **meta, **arrays)
 
 
-def prepare(source: Source, min_item_count: int) -> Path:
+def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0) -> Path:
     """The folder with the prepared arrays of a source: made now, or found by the key of its inputs."""
-    key = hashlib.sha256(repr((CACHE_VERSION, source.reader, min_item_count)).encode())
+    key = hashlib.sha256(repr((CACHE_VERSION, source.reader, min_item_count, shuffle_ties)).encode())
     for path in source.files:
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
@@ -99,7 +99,7 @@ def prepare(source: Source, min_item_count: int) -> Path:
     if folder.exists():
         return folder
     table = read_dataset(source).interactions
-    meta, arrays = build_sequences(table, min_item_count)
+    meta, arrays = build_sequences(table, min_item_count, shuffle_ties)
     root.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed: a killed run leaves nothing that looks whole.
     work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
@@ -117,10 +117,11 @@ def prepare(source: Source, min_item_count: int) -> Path:
     return folder
 
 
-def build_sequences(table: pd.DataFrame, min_item_count: int) -> tuple[dict, dict]:
+def build_sequences(table: pd.DataFrame, min_item_count: int, shuffle_ties: int = 0) -> tuple[dict, dict]:
     """Tidy interactions (user, item[, rating][, timestamp]) in file order -> notes and arrays.
 
-    Rows are sorted by (user, time) with a STABLE sort, so ties keep file order. Raises UserError."""
+    Rows are sorted by (user, time) with a STABLE sort, so ties keep file order, or with `shuffle_ties` the
+    random order of that seed. Raises UserError."""
     notes = []
     if min_item_count > 1:
         counts = table["item"].map(table["item"].value_counts())
@@ -130,6 +131,13 @@ def build_sequences(table: pd.DataFrame, min_item_count: int) -> tuple[dict, dic
     user_index, users = pd.factorize(table["user"], sort=True)
     item_index, items = pd.factorize(table["item"], sort=True)
     times = table["timestamp"].to_numpy() if "timestamp" in table else np.zeros(0)
+    if shuffle_ties:
+        if not len(times):
+            raise UserError(f"--shuffle_ties={shuffle_ties}, but these data have no timestamps: leave it out")
+        shuffled = np.random.default_rng(shuffle_ties).permutation(len(table))
+        table, user_index = table.iloc[shuffled], user_index[shuffled]
+        item_index, times = item_index[shuffled], times[shuffled]
+        notes.append(f"ties in time are in a random order (--shuffle_ties={shuffle_ties})")
     order = np.lexsort((times, user_index)) if len(times) else np.argsort(user_index, kind="stable")
     lengths = np.bincount(user_index, minlength=len(users))
     short = int((lengths < 3).sum())
@@ -241,6 +249,9 @@ class TrainBatches:
     def build(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         lengths, starts, users = self.lengths[rows], self.starts[rows], self.users[rows]
         width = self.max_len if self.cfg.pad_to == "max_len" else int(lengths.max())
+        if self.cfg.random_windows:
+            moved = rng.random(len(rows)) < self.cfg.random_windows
+            starts = starts - moved * rng.integers(0, starts - self.dataset.offsets[users] + 1)
         batch = histories(self.dataset, users, starts, lengths, width)
         batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
         if self.loss.loss != "softmax":

@@ -18,7 +18,7 @@ def rank_users(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(user ids, ranks) of this rank's users, both (users,); raises UserError on a non-finite score."""
     model.eval()
-    device = model.item_embedding.weight.device
+    device = next(model.parameters()).device
     batch_size = max(1, min(cfg.eval_batch_size, MAX_SCORES // (dataset.num_items + 1)))
     users, ranks, broken = [], [], []
     for batch in eval_batches(dataset, split, model.cfg.max_len, batch_size):

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import math
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,10 +29,10 @@ from reclm import checkpoint, dist, runs
 from reclm.config import Config, ModelConfig, build_config, parse_args
 from reclm.errors import UserError
 from reclm.logger import Logger, say, write_json
-from reclm.optim import build_optimizer, learning_rate
+from reclm.optim import build_optimizer, learning_rate, update_average
 
 MODEL_NAMES = [field.name for field in fields(ModelConfig)]
-DATA_NAMES = ["dataset", "min_item_count"]
+DATA_NAMES = ["dataset", "min_item_count", "shuffle_ties"]
 
 
 def main() -> None:
@@ -89,13 +90,16 @@ class Trainer:
         self.cfg, self.dataset = cfg, dataset
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
         self.model = build_model(cfg, dataset)
+        self.evaluated = deepcopy(self.model) if cfg.train.ema else self.model
         if cfg.train.compile:
             for layer in self.model.layers:
                 layer.compile(dynamic=True)  # in place: the names of the weights stay
         self.optimizer = build_optimizer(self.model, cfg.train)
         self.progress, self.history = Progress(), []
         if state:
-            checkpoint.restore_model(self.model, state, path, dataset)
+            checkpoint.restore_model(self.evaluated, state, path, dataset)
+            if cfg.train.ema:
+                self.model.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress, self.history = Progress(**state["progress"]), state["history"]
         self.parallel = dist.data_parallel(self.model)
@@ -113,7 +117,7 @@ class Trainer:
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
             "history": self.history,
@@ -121,6 +125,8 @@ class Trainer:
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
         }
+        if self.cfg.train.ema:
+            state["trained"] = self.model.state_dict()
         dist.on_main(lambda: checkpoint.save_checkpoint(state, self.out_dir, list(names)))
 
 
@@ -160,7 +166,8 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     begin, tokens, speed = time.time(), 0, 0.0
     for step, micro_batches, num_targets in run.batches.epoch(epoch, progress.step):
         checkpoint.seed_step(cfg.seed, epoch, step)
-        lr = learning_rate(epoch * num_steps + step, cfg.num_epochs * num_steps, cfg)
+        total_step = epoch * num_steps + step
+        lr = learning_rate(total_step, cfg.num_epochs * num_steps, cfg)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = accumulate_gradients(run, micro_batches, num_targets)
@@ -169,6 +176,8 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
         if not math.isfinite(total) or not norm.isfinite():
             refuse_non_finite(run, epoch, step, loss_sum)
         run.optimizer.step()
+        if cfg.ema:
+            update_average(run.evaluated, run.model, total_step, cfg.ema)
         progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
         tokens += num_targets
         speed = tokens / (time.time() - begin)
@@ -227,7 +236,7 @@ def stop_early(run: Trainer) -> None:
 def validate(run: Trainer, epoch: int) -> dict:
     """Validation metrics of all users, for the row of this epoch."""
     begin = time.time()
-    metrics = evaluate(run.model, run.dataset, "valid", run.cfg.eval)
+    metrics = evaluate(run.evaluated, run.dataset, "valid", run.cfg.eval)
     row = {f"valid/{name}": value for name, value in metrics.items()}
     return row | {"eval_seconds": time.time() - begin}
 

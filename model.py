@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from reclm.config import LossConfig, ModelConfig
 from reclm.dropout import Dropout
 from reclm.hstu import HSTUBlock
+from reclm.intervals import TimeEmbedding
 from reclm.losses import LOSSES
 
 
@@ -95,6 +96,21 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
 
 
+class Residual(nn.Module):
+    """x + branch; gated (LiGR, arXiv 2502.03417): x + sigmoid(W x) * branch."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(cfg.dim, cfg.dim, bias=False) if cfg.gated_residuals else None
+        self.dropout = Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """(B, T, D), (B, T, D) -> (B, T, D)"""
+        if self.gate is not None:
+            branch = torch.sigmoid(self.gate(x)) * branch
+        return x + self.dropout(branch)
+
+
 class TransformerBlock(nn.Module):
     """LLaMA2 block (arXiv 2307.09288): pre-norm attention and feed-forward, each with a residual."""
 
@@ -104,12 +120,13 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.dropout = Dropout(cfg.dropout)
+        self.attention_residual = Residual(cfg)
+        self.ffn_residual = Residual(cfg)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        x = ctx.wanted(x) + self.dropout(self.attention(self.attention_norm(x), ctx))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+        x = self.attention_residual(ctx.wanted(x), self.attention(self.attention_norm(x), ctx))
+        return self.ffn_residual(x, self.feed_forward(self.ffn_norm(x)))
 
 
 BLOCKS = {"llama": TransformerBlock, "hstu": HSTUBlock}
@@ -125,6 +142,7 @@ class SequenceRecommender(nn.Module):
         self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.dropout = Dropout(cfg.dropout)
+        self.time_embedding = TimeEmbedding(cfg) if cfg.time_embedding else None
         if cfg.user_embedding == "explicit":
             self.user_embedding = nn.Embedding(num_users, cfg.dim)
         rotary = rotary_table(cfg.max_len, cfg.dim // cfg.n_heads)
@@ -141,6 +159,7 @@ class SequenceRecommender(nn.Module):
         | wq wk wv w1 w3           | normal, std 1 / sqrt(fan in): keeps the scale of activations      |
         | wo w2 (into the residual)| the same / sqrt(2 n_layers): the sum of branches stays of order 1 |
         | RMSNorm gains            | 1                                                                 |
+        | gates, time embedding    | 0: every gate half open; time without a say                       |
         """
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
@@ -148,6 +167,8 @@ class SequenceRecommender(nn.Module):
             std = weight.shape[1] ** -0.5
             if name.endswith(("wo.weight", "w2.weight")):
                 std /= (2 * self.cfg.n_layers) ** 0.5
+            if "gate" in name or "time_embedding" in name:
+                std = 0.0
             nn.init.normal_(weight, std=std)
         self.item_embedding.weight[0] = 0.0
 
@@ -157,6 +178,8 @@ class SequenceRecommender(nn.Module):
         x = self.item_embedding(batch["item_ids"])  # (B, T, D)
         if self.cfg.scores == "cosine":
             x = F.normalize(x, dim=-1)
+        if self.time_embedding is not None:
+            x = x + self.time_embedding(batch)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
         contexts = [self.context(batch)] * len(self.layers)
         if last_only:

@@ -1,7 +1,8 @@
 """Checkpoints: epoch_N.pth, last.pth, best.pth. Written whole or not at all, read with nothing but data.
 
-Contents: version, model, optimizer, progress (main.Progress), history (a row per epoch), config (flat),
-dataset, fingerprint. No random state: all draws are functions of (seed, epoch, step, rank), see `seed_step`.
+Contents: version, model (the weights to evaluate), trained (those to train on, where --ema makes them
+differ), optimizer, progress (main.Progress), history (a row per epoch), config (flat), dataset, fingerprint.
+No random state: all draws are functions of (seed, epoch, step, rank), see `seed_step`.
 """
 
 import os
@@ -20,7 +21,7 @@ VERSION = 2  # raise it when the same weights would mean another model
 # The trajectory of the weights depends on these; a resumed run may change anything else.
 TRAJECTORY = [
     "loss", "num_negatives", "share_negatives", "exclude_history", "gbce_t", "batch_size", "lr",
-    "weight_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "seed",
+    "weight_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows", "ema", "seed",
 ]  # fmt: skip
 
 

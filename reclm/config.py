@@ -38,10 +38,15 @@ class ModelConfig:
     """W: attend to the last `window` positions only; 0 = to all"""
     attention_norm: Literal["length", "max_len"] = "length"
     """hstu: attention is divided by the number of positions attended to, or always by max_len"""
+    time_embedding: bool = False
+    """add to each item's embedding one of the time since the action before (reclm/intervals.py)"""
     request_time: bool = False
-    """hstu: the model knows WHEN the item to predict was chosen; name it beside every number"""
+    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_embedding; name it
+    beside every number"""
+    gated_residuals: bool = False
+    """llama: a learned gate on each residual branch (LiGR, arXiv 2502.03417)"""
     dropout: float = 0.2
-    """on the embedding and on both residual branches"""
+    """on the embedding and on the residual branches"""
     user_embedding: Literal["none", "explicit"] = "none"
     """explicit = add a learned vector per user (SASRec, section III.E)"""
     scores: Literal["dot", "cosine"] = "dot"
@@ -82,11 +87,14 @@ class DataConfig:
     """where data files are looked for and downloaded to [default: $RECLM_DATA, else data/]"""
     min_item_count: int = 1
     """drop items with fewer interactions (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
+    shuffle_ties: int = 0
+    """seed: actions of the same user and second in a random order; 0 = in the order of the file"""
     unordered_ok: bool = False
     """accept ml-1m-m1 without ratings.dat, although its lists are not in order of time"""
 
     def __post_init__(self):
         positive(self, "min_item_count")
+        not_negative(self, "shuffle_ties")
 
 
 @dataclass
@@ -139,6 +147,10 @@ class TrainConfig:
     """of initial weights, order, dropout and negatives"""
     compile: bool = False
     """torch.compile the blocks (first steps take a minute)"""
+    random_windows: float = 0.0
+    """share of the histories longer than max_len that train on a random part instead of the last one"""
+    ema: float = 0.0
+    """evaluate an exponential moving average of the weights, with this decay a step; 0 = the weights"""
     keep_last: int = 20
     """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
 
@@ -146,6 +158,8 @@ class TrainConfig:
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
         not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed", "keep_last")
         probability(self, "lr_min", closed=True)
+        probability(self, "random_windows", closed=True)
+        probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be below 2**32")
 
@@ -198,18 +212,19 @@ class Config:
 SECTIONS = {field.name: field.type for field in fields(Config)}
 
 
-# A setting other than its default has an effect only where another one has one of these values.
+# A setting other than its default has an effect only where one of these others has one of these values.
 NEEDS = {
-    "n_kv_heads": ("model_name", ("llama",)),
-    "hidden_dim": ("model_name", ("llama",)),
-    "attention_norm": ("model_name", ("hstu",)),
-    "request_time": ("model_name", ("hstu",)),
-    "num_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
-    "share_negatives": ("loss", ("bce", "gbce", "sampled_softmax")),
-    "exclude_history": ("loss", ("bce", "gbce", "sampled_softmax")),
-    "gbce_t": ("loss", ("gbce",)),
-    "temperature": ("scores", ("cosine",)),
-    "lr_min": ("schedule", ("cosine",)),
+    "n_kv_heads": {"model_name": ("llama",)},
+    "hidden_dim": {"model_name": ("llama",)},
+    "attention_norm": {"model_name": ("hstu",)},
+    "gated_residuals": {"model_name": ("llama",)},
+    "request_time": {"model_name": ("hstu",), "time_embedding": (True,)},
+    "num_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
+    "share_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
+    "exclude_history": {"loss": ("bce", "gbce", "sampled_softmax")},
+    "gbce_t": {"loss": ("gbce",)},
+    "temperature": {"scores": ("cosine",)},
+    "lr_min": {"schedule": ("cosine",)},
 }
 
 
@@ -221,9 +236,12 @@ def build_config(values: dict) -> Config:
     }
     cfg = Config(**sections)
     flat, defaults = cfg.flat(), {f.name: f.default for cls in SECTIONS.values() for f in fields(cls)}
-    for name, (other, useful) in NEEDS.items():
-        if flat[name] != defaults[name] and flat[other] not in useful:
-            raise UserError(f"--{name}={flat[name]} has no effect with --{other}={flat[other]}: leave it out")
+    for name, others in NEEDS.items():
+        if flat[name] != defaults[name] and not any(
+            flat[other] in useful for other, useful in others.items()
+        ):
+            with_others = " ".join(f"--{other}={flat[other]}" for other in others)
+            raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
     return cfg
 
 

@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reclm.config import ModelConfig
 from reclm.dropout import Dropout
+from reclm.intervals import NUM_BUCKETS, log_buckets
 
-NUM_BUCKETS = 40  # the last one starts at e ** (39 * 0.5), some ten years, in seconds
-BUCKET_WIDTH = 0.5  # in the natural logarithm of 1 + seconds: 0 and 1 second are apart
 ROWS = 64  # queries worked on at once: keys behind the last of them are not looked at
 SCORES = 2**18  # scores worked on at once, 1 MiB: stays in the cache of a core
 KEPT_SCORES = (
@@ -56,8 +55,7 @@ class RelativeBias(nn.Module):
         bias = Lookup.apply(self.position, age.clamp(min=0))
         if passed is None:
             return bias + 0 * self.time[0]  # so that every parameter has a gradient, as DDP wants
-        bucket = passed.clamp(min=0).log1p().div(BUCKET_WIDTH).clamp(max=NUM_BUCKETS - 1).int()
-        return bias + Lookup.apply(self.time, bucket)
+        return bias + Lookup.apply(self.time, log_buckets(passed))
 
 
 class HSTUBlock(nn.Module):
@@ -119,7 +117,7 @@ class HSTUBlock(nn.Module):
     def attend(self, q, k, v, asked, query_times=None, times=None) -> Tensor:
         """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) -> (b, H, r, Dh)."""
         age = asked[:, :, None] - torch.arange(k.shape[2], device=k.device)  # (1 or b, r, t)
-        passed = None if times is None else (query_times[:, :, None] - times[:, None]).float()  # (b, r, t)
+        passed = None if times is None else query_times[:, :, None] - times[:, None]  # (b, r, t)
         scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)
         seen = (age >= 0) & (age < (self.cfg.window or self.cfg.max_len))  # (1 or b, r, t)
         if self.cfg.attention_norm == "length":

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from reclm.config import TrainConfig
 
@@ -30,3 +31,10 @@ def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
         return cfg.lr * warmup
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
     return cfg.lr * warmup * (cfg.lr_min + (1 - cfg.lr_min) * cosine)
+
+
+def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """averaged <- d averaged + (1 - d) model, in place, after optimizer step 0, 1, ...: with d = `decay`, but
+    less in the first steps, so that the initial weights are soon forgotten."""
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average(list(averaged.parameters()), list(model.parameters()), step)

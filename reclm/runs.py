@@ -118,8 +118,9 @@ def dump_config(cfg: Config) -> str:
 def describe_data(dataset, cfg: ModelConfig) -> str:
     """What is trained on, and what the model gets to know of it. Raises UserError."""
     notes = list(dataset.notes)
-    if cfg.request_time and not len(dataset.timestamps):
-        raise UserError(f"--request_time=true, but {dataset.name} has no timestamps: leave it out")
+    for name in ("request_time", "time_embedding"):
+        if getattr(cfg, name) and not len(dataset.timestamps):
+            raise UserError(f"--{name}=true, but {dataset.name} has no timestamps: leave it out")
     if cfg.request_time:
         notes.append("the model knows the time of the item to predict (--request_time=true)")
     if cfg.model_name == "hstu" and not len(dataset.timestamps):
@@ -146,6 +147,7 @@ def describe_run(cfg: Config, dataset) -> dict:
     return {
         "dataset": dataset.name,
         "protocol": dataset.protocol,
+        "notes": dataset.notes,
         "filter_seen": cfg.eval.filter_seen,
         "request_time": cfg.model.request_time,
         "num_users": len(dataset.evaluated),

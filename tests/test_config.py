@@ -236,12 +236,19 @@ def test_there_are_recipes():
         ["--loss=bce", "--gbce_t=0.5"],
         ["--scores=dot", "--temperature=0.1"],
         ["--schedule=constant", "--lr_min=0.2"],
+        ["--model_name=hstu", "--gated_residuals=true"],
+        ["--model_name=llama --time_embedding=False", "--request_time=true"],
     ],
 )
 def test_a_switch_without_effect_is_refused(flags):
     idle, _, value = flags[1].partition("=")
     with pytest.raises(UserError, match=f"{idle}=(?i:{value}) has no effect with {flags[0]}"):
-        build_config(parse_args(flags))
+        build_config(parse_args([*flags[0].split(), flags[1]]))
+
+
+@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_embedding=true"])
+def test_one_of_two_switches_gives_another_its_effect(useful):
+    assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
 
 
 def test_config_without_a_file_is_one_line():

@@ -1,5 +1,6 @@
 """Leave-one-out, batches, negatives, the cache: by hand, by brute force, over 1 to 3 ranks."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,6 +124,30 @@ def test_sort_is_by_time_and_ties_keep_file_order():
     assert arrays["offsets"].tolist() == [0, *np.cumsum([sum(table.user == u) for u in range(7)])]
 
 
+def test_shuffled_ties_stay_between_their_neighbours_in_time():
+    items, times = list("abcdefghij"), [5, 1, 3, 3, 3, 3, 3, 3, 9, 9]
+    table = pd.DataFrame({"user": 1, "item": items, "timestamp": times, "rating": range(10)})
+    found = set()
+    for seed in range(1, 9):
+        meta, arrays = build_sequences(table, 1, shuffle_ties=seed)
+        order = [arrays["items"][i - 1] for i in arrays["item_ids"]]
+        assert (order[0], order[7], sorted(order[1:7]), sorted(order[8:])) == (
+            "b",
+            "a",
+            list("cdefgh"),
+            list("ij"),
+        )
+        assert [items[int(rating)] for rating in arrays["ratings"]] == order  # rows stay rows
+        assert arrays["timestamps"].tolist() == sorted(times)
+        assert any(f"--shuffle_ties={seed}" in note for note in meta["notes"])
+        found.add("".join(order))
+    assert len(found) > 4
+    again = build_sequences(table, 1, shuffle_ties=3)[1]["item_ids"]
+    assert (again == build_sequences(table, 1, shuffle_ties=3)[1]["item_ids"]).all()
+    with pytest.raises(UserError, match="no timestamps"):
+        build_sequences(table.drop(columns="timestamp"), 1, shuffle_ties=3)
+
+
 def test_without_timestamps_file_order_is_time_order():
     table = pd.DataFrame({"user": [2, 1, 2, 1, 2, 1], "item": [5, 9, 4, 8, 6, 7]})
     _, arrays = build_sequences(table, 1)
@@ -225,6 +250,25 @@ def test_similar_lengths_lie_together():
     epoch = epoch_of(batches)
     cells = sum(part["item_ids"].numel() for _, micro, _ in epoch for part in micro)
     assert batches.num_tokens / cells > 0.9  # about 0.55 in random order
+
+
+def test_random_windows_move_long_histories_only():
+    """Any window of the training items comes, as often as any other; short histories stay whole."""
+    dataset = make_dataset(FIVE)
+    batches = batches_of(dataset, max_len=290, random_windows=1.0)
+    seen = Counter()
+    for epoch in range(800):
+        rows = rows_by_user(epoch_of(batches, epoch))
+        assert rows[3] == ([6, 1], [1, 7])
+        inputs, targets = rows[4]
+        assert len(inputs) == 290 and inputs[1:] == targets[:-1]
+        seen[inputs[0]] += 1
+    assert batches.num_tokens == 290 + 2 + 1
+    # 298 training items have 8 windows of 291, which begin with 8 different items.
+    assert len(seen) == 8 and max(seen.values()) < 2 * min(seen.values())
+    half = batches_of(dataset, max_len=290, random_windows=0.5)
+    last = sum(rows_by_user(epoch_of(half, epoch))[4][0][0] == FIVE[4][7] for epoch in range(400))
+    assert 0.45 < last / 400 < 0.67  # one half, and an eighth of the other one
 
 
 def test_pad_to_max_len(tiny_dataset):

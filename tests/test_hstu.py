@@ -11,6 +11,7 @@ from test_model import array, build, random_batch
 from model import Context
 from reclm import hstu
 from reclm.config import ModelConfig
+from reclm.intervals import NUM_BUCKETS
 
 
 def silu(x):
@@ -39,7 +40,7 @@ def ref_block(block, x, times=None, query_times=None):
                 rab = array(bias.position)[t - s]
                 if times is not None:
                     seconds = query_times[t] - times[s]
-                    rab += array(bias.time)[min(hstu.NUM_BUCKETS - 1, int(math.log(1 + seconds) / 0.5))]
+                    rab += array(bias.time)[min(NUM_BUCKETS - 1, int(math.log(1 + seconds) / 0.3))]
                 out[t, part] += silu(q[t, part] @ k[s, part] + rab) * v[s, part] / n
     return x + (ref_layer_norm(out, block.output_norm) * u) @ array(block.wo.weight).T
 

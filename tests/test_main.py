@@ -30,6 +30,7 @@ from reclm.errors import UserError
 # the first epochs are the same however many are to follow.
 SAME = [*TINY, "--dataset=tiny.csv", "--batch_size=3", "--dropout=0", "--schedule=constant"]
 SLOW = [*TINY, "--dataset=tiny.csv", "--batch_size=1", "--num_epochs=4", "--out_dir=run"]
+SLOW += ["--max_len=6", "--random_windows=.5", "--ema=.9"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
     ours, theirs = read_state(resumed / "last.pth"), read_state(whole / f"epoch_{len(rows) - 1}.pth")
     assert ours["progress"]["epoch"] == theirs["progress"]["epoch"] == len(rows)
     assert_equal(ours["model"], theirs["model"])
+    assert_equal(ours.get("trained", {}), theirs.get("trained", {}))
     for number, moments in theirs["optimizer"]["state"].items():
         assert_equal(ours["optimizer"]["state"][number], moments)
 
@@ -199,9 +201,12 @@ def test_two_ranks_stopped_then_one_killed_then_finished(trained, tmp_path):
 
 
 def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
-    """With dropout and a schedule, whose next values must be those of the undisturbed run."""
+    """With dropout, a schedule, random windows and averaged weights, whose next values must be those of the
+    undisturbed run."""
     write_csv(tmp_path / "tiny.csv")
     here(*SLOW, "--out_dir=whole", cwd=tmp_path).ok()
+    state = read_state(tmp_path / "whole" / "last.pth")
+    assert any(not torch.equal(state["trained"][name], weight) for name, weight in state["model"].items())
     folder = tmp_path / "run"
 
     run = Running(0, *SLOW, cwd=tmp_path)

@@ -21,6 +21,7 @@ from reclm.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 ITEMS, USERS = 40, 9
+TIMED = {"gated_residuals": True, "time_embedding": True, "request_time": True}
 HSTU = {"model_name": "hstu"}  # its own equations: test_hstu.py
 
 
@@ -104,9 +105,15 @@ def ref_feed_forward(layer, x):
 
 def ref_block(block, x, cfg):
     normed = ref_rms_norm(x, array(block.attention_norm.weight), cfg.norm_eps)
-    x = x + ref_attention(block.attention, normed, cfg.n_heads, cfg.window)
+    branch = ref_attention(block.attention, normed, cfg.n_heads, cfg.window)
+    x = x + ref_gate(block.attention_residual, x) * branch
     normed = ref_rms_norm(x, array(block.ffn_norm.weight), cfg.norm_eps)
-    return x + ref_feed_forward(block.feed_forward, normed)
+    return x + ref_gate(block.ffn_residual, x) * ref_feed_forward(block.feed_forward, normed)
+
+
+def ref_gate(residual, x):
+    """LiGR (arXiv 2502.03417), or 1."""
+    return 1.0 if residual.gate is None else 1 / (1 + np.exp(-x @ array(residual.gate.weight).T))
 
 
 def ref_hidden(model, item_ids, user=None):
@@ -185,8 +192,9 @@ def test_rope_dot_products_depend_on_the_distance_only():
 
 @pytest.mark.parametrize("n_kv_heads", [0, 1, 2, 4])
 @pytest.mark.parametrize("window", [0, 1, 3])
-def test_block_is_the_papers(n_kv_heads, window):
-    cfg = config(n_kv_heads=n_kv_heads, window=window)
+@pytest.mark.parametrize("gated_residuals", [False, True])
+def test_block_is_the_papers(n_kv_heads, window, gated_residuals):
+    cfg = config(n_kv_heads=n_kv_heads, window=window, gated_residuals=gated_residuals)
     torch.manual_seed(1)
     block = random_gains(TransformerBlock(cfg))
     x = torch.randn(2, 10, 16)
@@ -258,6 +266,7 @@ def test_window_mask(window):
         {"n_kv_heads": 2},
         {"n_layers": 1},
         {"dtype": "bfloat16"},
+        TIMED,
         HSTU,
         HSTU | {"window": 3},
         HSTU | {"request_time": True},
@@ -275,7 +284,7 @@ def test_last_position_alone_is_the_last_of_all(changes):
     torch.testing.assert_close(alone[:, 0], last, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 2}, {"scores": "cosine"}, HSTU])
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 2}, {"scores": "cosine"}, TIMED, HSTU])
 def test_future_never_changes_the_past(changes):
     model, batch = build(**changes), random_batch()
     before = model.encode(batch)
@@ -287,7 +296,7 @@ def test_future_never_changes_the_past(changes):
         assert (after[:, changed:] - before[:, changed:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"user_embedding": "explicit"}, HSTU])
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"user_embedding": "explicit"}, TIMED, HSTU])
 def test_padding_never_changes_real_positions(changes):
     model, batch = build(**changes), random_batch()
     hidden, scores = model.encode(batch), model(batch)
@@ -364,7 +373,7 @@ def test_padding_row_stays_zero_in_training(loss, scores):
     assert not torch.equal(model.item_embedding.weight, before)
 
 
-@pytest.mark.parametrize("changes", [{}, HSTU])
+@pytest.mark.parametrize("changes", [{}, TIMED, HSTU])
 def test_every_parameter_gets_a_gradient(changes):
     model, batch = build(user_embedding="explicit", loss="softmax", **changes).train(), random_batch()
     model(batch | {"targets": batch["item_ids"]}).backward()
@@ -372,7 +381,8 @@ def test_every_parameter_gets_a_gradient(changes):
 
 
 def test_weights_begin_as_the_table_says():
-    model = build(num_items=2000, dim=64, hidden_dim=192, n_layers=3, user_embedding="explicit")
+    shape = {"num_items": 2000, "dim": 64, "hidden_dim": 192, "n_layers": 3}
+    model = build(user_embedding="explicit", **TIMED, **shape)
     model.user_embedding = nn.Embedding(500, 64)
     model.init_weights()
     residual = 1 / np.sqrt(2 * 3)
@@ -383,6 +393,8 @@ def test_weights_begin_as_the_table_says():
         kind = name.split(".")[-2]
         if "norm" in kind:
             assert torch.equal(weight, torch.ones_like(weight))
+        elif kind == "gate" or "time_embedding" in name:
+            assert not weight.any()
         else:
             assert weight.std().item() == pytest.approx(std[kind], rel=0.05), name
             assert abs(weight.mean().item()) < 0.05 * std[kind], name

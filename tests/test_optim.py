@@ -7,7 +7,7 @@ import torch
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig, TrainConfig
-from reclm.optim import build_optimizer, learning_rate
+from reclm.optim import build_optimizer, learning_rate, update_average
 
 
 @pytest.fixture
@@ -79,3 +79,12 @@ def test_lr_min_of_one_is_constant():
     constant = TrainConfig(schedule="constant")
     for step in (0, 50, 150, 299):
         assert learning_rate(step, 300, cosine) == pytest.approx(learning_rate(step, 300, constant))
+
+
+def test_average_by_hand():
+    """Decay d after many steps, (1 + n) / (10 + n) in step n of the first ones."""
+    averaged, trained = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for step, decay in ((0, 1 / 10), (5, 6 / 15), (10**6, 0.9)):
+        expected = decay * averaged.weight.detach() + (1 - decay) * trained.weight.detach()
+        update_average(averaged, trained, step, 0.9)
+        torch.testing.assert_close(averaged.weight.detach(), expected)

@@ -1,0 +1,47 @@
+"""scripts/baselines.py: popularity and a Markov chain by hand."""
+
+import subprocess
+import sys
+
+import numpy as np
+from conftest import make_dataset
+from launch import MAIN, environment, write_csv
+
+sys.path.insert(0, str(MAIN.parent / "scripts"))
+import baselines
+
+SCRIPT = MAIN.parent / "scripts" / "baselines.py"
+HISTORIES = [[1, 2, 3, 1, 4], [1, 2, 1, 2, 4, 3], [2, 3]]  # the last two of the first two are held out
+
+
+def test_popularity_counts_training_items():
+    assert baselines.popularity(make_dataset(HISTORIES)).tolist() == [0, 3, 4, 2, 0]
+
+
+def test_chain_counts_pairs_within_a_users_training_items():
+    chain = baselines.markov_chain(make_dataset(HISTORIES))
+    expected = np.zeros((5, 5))
+    for before, after in [(1, 2), (2, 3), (1, 2), (2, 1), (1, 2), (2, 3)]:
+        expected[before, after] += 1
+    np.testing.assert_allclose(np.floor(chain), expected)
+    assert chain[4].argsort().tolist()[::-1][:3] == [2, 1, 3]  # never followed: by popularity
+
+
+def run(*flags, cwd):
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment())
+
+
+def test_it_ranks_in_the_harness(tmp_path):
+    """In this file the next item follows from the last one: the chain is always right."""
+    write_csv(tmp_path / "tiny.csv")
+    shown = run("--dataset=tiny.csv", cwd=tmp_path).stdout
+    popular, chain = shown.split("TEST, ")[1:]
+    assert popular.startswith("popularity") and chain.startswith("Markov chain")
+    first = {name: float(part.split("HR@K")[1].split()[0]) for name, part in (("p", popular), ("c", chain))}
+    assert first["c"] == 1.0 and first["p"] < 0.5
+
+
+def test_bad_data_is_one_line(tmp_path):
+    result = run("--dataset=none.csv", cwd=tmp_path)
+    assert result.returncode != 0 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
