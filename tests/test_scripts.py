@@ -37,3 +37,30 @@ def test_refuses_unfinished_runs_and_mixed_protocols(tmp_path):
     for folders, word in (((first, other), "different protocols"), ((str(tmp_path / "c"),), "has not ended")):
         result = run(*folders)
         assert result.returncode != 0 and word in result.stderr and "Traceback" not in result.stderr
+
+
+PLOT = SCRIPT.with_name("plot_runs.py")
+
+
+def plot(*arguments):
+    return subprocess.run([sys.executable, str(PLOT), *arguments], capture_output=True, text=True)
+
+
+def test_curves_of_a_folder_and_of_a_file(tmp_path):
+    rows = [{"train_seconds": 60.0, "valid/NDCG@10": 0.1}, {"train_seconds": 30.0, "valid/NDCG@10": 0.2}]
+    for path in (tmp_path / "metrics.jsonl", tmp_path / "other.jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sys.path.insert(0, str(PLOT.parent))
+    import plot_runs
+
+    assert plot_runs.read_curve(tmp_path) == ([1.0, 1.5], [0.1, 0.2])
+    plot(f"--out={tmp_path / 'out.png'}", f"a={tmp_path}", f"b={tmp_path / 'other.jsonl'}").check_returncode()
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    for path in ("none", "bad.jsonl"):
+        result = plot(f"--out={tmp_path / 'out.png'}", f"a={tmp_path / path}")
+        assert result.returncode != 0 and path in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out.png").exists()
