@@ -4,6 +4,7 @@ A batch is a dict of tensors, the only thing the model knows of the data:
     item_ids   (B, T) int64   the history, oldest first, padded with 0 on the right
     lengths    (B,)   int64   real actions in each row
     user_ids   (B,)   int64   0-based
+    num_before (B,)   int64   earlier actions of the user that were cut off
     timestamps, next_timestamps (B, T) float64 seconds of each action and of the one after it, which is the
                               one to predict; only where the data have them
   in training also
@@ -180,6 +181,7 @@ def histories(
         "item_ids": pad(dataset.item_ids, starts, lengths, width),
         "lengths": lengths,
         "user_ids": users,
+        "num_before": starts - dataset.offsets[users],
     }
     if len(dataset.timestamps):
         batch["timestamps"] = pad(dataset.timestamps, starts, lengths, width)

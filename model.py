@@ -22,6 +22,7 @@ from reclm.dropout import Dropout
 from reclm.hstu import HSTUBlock
 from reclm.intervals import TimeEmbedding
 from reclm.losses import LOSSES
+from reclm.positions import PositionEmbedding
 
 
 class Context(NamedTuple):
@@ -142,6 +143,7 @@ class SequenceRecommender(nn.Module):
         self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.dropout = Dropout(cfg.dropout)
+        self.position_embedding = PositionEmbedding(cfg) if cfg.position_embedding else None
         self.time_embedding = TimeEmbedding(cfg) if cfg.time_embedding else None
         if cfg.user_embedding == "explicit":
             self.user_embedding = nn.Embedding(num_users, cfg.dim)
@@ -159,7 +161,8 @@ class SequenceRecommender(nn.Module):
         | wq wk wv w1 w3           | normal, std 1 / sqrt(fan in): keeps the scale of activations      |
         | wo w2 (into the residual)| the same / sqrt(2 n_layers): the sum of branches stays of order 1 |
         | RMSNorm gains            | 1                                                                 |
-        | gates, time embedding    | 0: every gate half open; time without a say                       |
+        | gates                    | 0: each half open                                                 |
+        | position, time embedding | 0: without a say                                                  |
         """
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
@@ -167,7 +170,7 @@ class SequenceRecommender(nn.Module):
             std = weight.shape[1] ** -0.5
             if name.endswith(("wo.weight", "w2.weight")):
                 std /= (2 * self.cfg.n_layers) ** 0.5
-            if "gate" in name or "time_embedding" in name:
+            if any(part in name for part in ("gate", "position_embedding", "time_embedding")):
                 std = 0.0
             nn.init.normal_(weight, std=std)
         self.item_embedding.weight[0] = 0.0
@@ -178,8 +181,9 @@ class SequenceRecommender(nn.Module):
         x = self.item_embedding(batch["item_ids"])  # (B, T, D)
         if self.cfg.scores == "cosine":
             x = F.normalize(x, dim=-1)
-        if self.time_embedding is not None:
-            x = x + self.time_embedding(batch)
+        for extra in (self.position_embedding, self.time_embedding):
+            if extra is not None:
+                x = x + extra(batch)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
         contexts = [self.context(batch)] * len(self.layers)
         if last_only:

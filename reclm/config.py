@@ -38,6 +38,8 @@ class ModelConfig:
     """W: attend to the last `window` positions only; 0 = to all"""
     attention_norm: Literal["length", "max_len"] = "length"
     """hstu: attention is divided by the number of positions attended to, or always by max_len"""
+    position_embedding: bool = False
+    """add to each item's embedding one of the number of actions before it (reclm/positions.py)"""
     time_embedding: bool = False
     """add to each item's embedding one of the time since the action before (reclm/intervals.py)"""
     request_time: bool = False

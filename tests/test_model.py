@@ -21,7 +21,7 @@ from reclm.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 ITEMS, USERS = 40, 9
-TIMED = {"gated_residuals": True, "time_embedding": True, "request_time": True}
+TIMED = {"position_embedding": True, "gated_residuals": True, "time_embedding": True, "request_time": True}
 HSTU = {"model_name": "hstu"}  # its own equations: test_hstu.py
 
 
@@ -46,6 +46,7 @@ def random_batch(seed=0, rows=5, width=12):
         "next_timestamps": times[:, 1:],
         "lengths": torch.from_numpy(lengths),
         "user_ids": torch.from_numpy(rng.integers(0, USERS, rows)),
+        "num_before": torch.from_numpy(rng.integers(0, 300, rows)),
     }
 
 
@@ -393,7 +394,7 @@ def test_weights_begin_as_the_table_says():
         kind = name.split(".")[-2]
         if "norm" in kind:
             assert torch.equal(weight, torch.ones_like(weight))
-        elif kind == "gate" or "time_embedding" in name:
+        elif kind == "gate" or "position_embedding" in name or "time_embedding" in name:
             assert not weight.any()
         else:
             assert weight.std().item() == pytest.approx(std[kind], rel=0.05), name
