@@ -99,7 +99,7 @@ class Trainer:
         if state:
             checkpoint.restore_model(self.evaluated, state, path, dataset)
             if cfg.train.ema:
-                self.model.load_state_dict(state["trained"])
+                self.model.load_state_dict(state.get("trained", state["model"]))
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress, self.history = Progress(**state["progress"]), state["history"]
         self.parallel = dist.data_parallel(self.model)
