@@ -18,7 +18,7 @@ from reclm.errors import UserError
 
 # The process group, held until the interpreter ends. DDP holds it too, and as its last owner would free it
 # with the GIL taken, while gloo's threads, which must finish first, may wait for the GIL to let go of the
-# last barrier: one interrupted run in thirty hung at its exit. Freed by Python, it is without the GIL.
+# last barrier: 3 of 36 stopped runs hung at their exit. Freed by Python, it is without the GIL.
 _group = None
 
 
