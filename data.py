@@ -10,7 +10,8 @@ A batch is a dict of tensors, the only thing the model knows of the data:
   in training also
     targets    (B, T) int64   the next item at each position, 0 where there is none
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn for each position
-    seen_negatives (B, N) bool           shared negatives to skip: in the user's history
+  and, in evaluation and where --exclude_history asks for it,
+    seen_items (B, L) int64   the whole history (in training: its training part), padded with 0
 """
 
 import hashlib
@@ -257,7 +258,12 @@ class TrainBatches:
         batch = histories(self.dataset, users, starts, lengths, width)
         batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
         if self.loss.loss != "softmax":
-            batch |= self.sampler.draw(rng, users, batch["targets"])
+            batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
+        if self.loss.exclude_history and self.loss.share_negatives:
+            known = self.dataset.train_lengths[users]
+            batch["seen_items"] = pad(
+                self.dataset.item_ids, self.dataset.offsets[users], known, int(known.max())
+            )
         return to_tensors(batch)
 
 
@@ -268,7 +274,7 @@ class NegativeSampler:
         self.cfg, self.num_items = loss, dataset.num_items
         if dataset.num_items < 2:
             raise UserError("only 1 item in the data: there is nothing to rank")
-        if loss.exclude_history and loss.loss != "softmax":
+        if loss.exclude_history and not loss.share_negatives:
             self.index_histories(dataset)
 
     def index_histories(self, dataset: Dataset) -> None:
@@ -287,20 +293,15 @@ class NegativeSampler:
         if len(full):
             raise UserError(
                 f"user {dataset.users[full[0]]} has every item in the history: "
-                "no negative is left with --exclude_history=true"
+                "no negative is left; use --exclude_history=false"
             )
 
-    def draw(self, rng: np.random.Generator, users: np.ndarray, targets: np.ndarray) -> dict:
-        """Negatives for users (B,) and targets (B, T): the fields `negatives`, `seen_negatives`."""
+    def draw(self, rng: np.random.Generator, users: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The field `negatives` for users (B,) and targets (B, T)."""
         count = self.cfg.num_negatives
         if self.cfg.share_negatives:
             count = min(count, self.num_items)
-            negatives = rng.choice(self.num_items, count, replace=False) + 1  # (N,)
-            if not self.cfg.exclude_history:
-                return {"negatives": negatives}
-            keys = users[:, None] * (self.num_items + 1) + negatives  # (B, N)
-            found = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)]
-            return {"negatives": negatives, "seen_negatives": found == keys}
+            return rng.choice(self.num_items, count, replace=False) + 1  # (N,)
         real = targets > 0  # (B, T); drawing for these M only, the width of the batch changes nothing
         negatives = np.zeros((*targets.shape, count), dtype=np.int64)  # (B, T, N)
         if self.cfg.exclude_history:
@@ -309,7 +310,7 @@ class NegativeSampler:
         else:  # uniform over all items but the target: draw from one fewer and step over the target
             draws = rng.integers(1, self.num_items, (real.sum(), count))  # (M, N)
             negatives[real] = draws + (draws >= targets[real][:, None])
-        return {"negatives": negatives}
+        return negatives
 
     def free_items(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
         """users (M,) -> (M, count), uniform over the items outside each user's history: the r-th free item
@@ -322,8 +323,8 @@ class NegativeSampler:
 
 
 def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) -> Iterator[dict]:
-    """This rank's share of all evaluated users, as batches with `target_ids` (B,) and the whole history
-    `seen_rows`, `seen_items` (pairs of batch row and item). Split is "valid" or "test".
+    """This rank's share of all evaluated users, as batches with `target_ids` (B,) and the whole history as
+    `seen_items`. Split is "valid" or "test".
 
     The composition of a batch never depends on the number of ranks: whole batches are dealt out, so
     every user's scores are computed in the same shapes, to the same bits, whoever computes them."""
@@ -336,12 +337,11 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
         chosen = slice(first, first + batch_size)
         ends = dataset.offsets[users[chosen]] + known[chosen]  # row of the target
         lengths = np.minimum(known[chosen], max_len)
-        seen = pad(dataset.item_ids, ends - known[chosen], known[chosen], int(known[chosen].max()))
-        seen_rows, seen_columns = seen.nonzero()
         batch = histories(dataset, users[chosen], ends - lengths, lengths, int(lengths.max()))
         batch |= {
             "target_ids": dataset.item_ids[ends],
-            "seen_rows": seen_rows,
-            "seen_items": seen[seen_rows, seen_columns],
+            "seen_items": pad(
+                dataset.item_ids, ends - known[chosen], known[chosen], int(known[chosen].max())
+            ),
         }
         yield to_tensors(batch)

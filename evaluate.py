@@ -28,7 +28,7 @@ def rank_users(
         scores[:, 0] = -torch.inf  # padding is no candidate
         target = scores.gather(1, batch["target_ids"][:, None])  # (B, 1)
         if cfg.filter_seen:
-            scores[batch["seen_rows"], batch["seen_items"]] = -torch.inf
+            scores.scatter_(1, batch["seen_items"], -torch.inf)
             scores.scatter_(1, batch["target_ids"][:, None], target)  # a target is never excluded
         users.append(batch["user_ids"].cpu())
         ranks.append(rank_of_target(scores, batch["target_ids"]).cpu())

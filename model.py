@@ -236,14 +236,18 @@ class SequenceRecommender(nn.Module):
         )  # fmt: skip
 
     def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:
-        """(negatives, excluded): ids (N,) shared by the batch or (M, N), and which of them a position
-        must not count, bool (M, N) or None."""
-        if "negatives" not in batch:
-            return None, None
+        """(negatives, excluded), as the losses want them (reclm/losses.py)."""
+        owner = valid.nonzero()[:, 0]  # (M,): the sequence of each position
+        seen = None
+        if "seen_items" in batch:
+            seen = torch.zeros(len(valid), self.num_items + 1, dtype=torch.bool, device=valid.device)
+            seen.scatter_(1, batch["seen_items"], True)  # (B, V)
+        if self.loss.loss == "softmax":
+            return None, None if seen is None else (seen, owner)
         negatives = batch["negatives"]
         if negatives.dim() > 1:  # drawn for each position, free of its target by construction
             return negatives[valid], None
         excluded = negatives == targets[:, None]  # (M, N)
-        if "seen_negatives" in batch:  # (B, N): shared negatives that a user has in the history
-            excluded |= batch["seen_negatives"][valid.nonzero()[:, 0]]
+        if seen is not None:
+            excluded |= seen[:, negatives][owner]
         return negatives, excluded

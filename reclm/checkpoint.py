@@ -16,12 +16,13 @@ import torch
 from reclm import dist
 from reclm.errors import UserError
 
-VERSION = 2  # raise it when the same weights would mean another model
+VERSION = 3  # raise it when the same file would mean another model, or another step of the optimizer
 
 # The trajectory of the weights depends on these; a resumed run may change anything else.
 TRAJECTORY = [
     "loss", "num_negatives", "share_negatives", "exclude_history", "gbce_t", "batch_size", "lr",
-    "weight_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows", "ema", "seed",
+    "weight_decay", "embedding_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows",
+    "ema", "seed",
 ]  # fmt: skip
 
 

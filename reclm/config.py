@@ -109,8 +109,9 @@ class LossConfig:
     """N: negatives a position is compared with (softmax uses all items instead)"""
     share_negatives: bool = True
     """true = one draw for the whole batch (fast); false = a draw for every position (SASRec)"""
-    exclude_history: bool = False
-    """never draw an item of the user's training history; false = only the target is excluded"""
+    exclude_history: bool = True
+    """compare with no item of the user's training history, as none is ranked either; false = only the
+    target is excluded"""
     gbce_t: float = 0.75
     """calibration of gbce: 0 = plain BCE, 1 = fully calibrated"""
 
@@ -132,7 +133,9 @@ class TrainConfig:
     lr: float = 3e-3
     """peak learning rate of AdamW"""
     weight_decay: float = 0.01
-    """on the matrices of the blocks; embeddings and norms have none"""
+    """on the matrices of the blocks; norms have none"""
+    embedding_decay: float = 0.0
+    """weight decay on the embeddings"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up; cosine ends at lr_min"""
     warmup_steps: int = 100
@@ -158,7 +161,16 @@ class TrainConfig:
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
-        not_negative(self, "weight_decay", "warmup_steps", "clip_norm", "patience", "seed", "keep_last")
+        not_negative(
+            self,
+            "weight_decay",
+            "embedding_decay",
+            "warmup_steps",
+            "clip_norm",
+            "patience",
+            "seed",
+            "keep_last",
+        )
         probability(self, "lr_min", closed=True)
         probability(self, "random_windows", closed=True)
         probability(self, "ema")
@@ -223,7 +235,6 @@ NEEDS = {
     "request_time": {"model_name": ("hstu",), "time_embedding": (True,)},
     "num_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
     "share_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
-    "exclude_history": {"loss": ("bce", "gbce", "sampled_softmax")},
     "gbce_t": {"loss": ("gbce",)},
     "temperature": {"scores": ("cosine",)},
     "lr_min": {"schedule": ("cosine",)},

@@ -21,9 +21,8 @@ from reclm.intervals import NUM_BUCKETS, log_buckets
 
 ROWS = 64  # queries worked on at once: keys behind the last of them are not looked at
 SCORES = 2**18  # scores worked on at once, 1 MiB: stays in the cache of a core
-KEPT_SCORES = (
-    2**23
-)  # so many in a whole block are kept for the backward pass, some 50 MiB; more are recomputed
+KEPT_SCORES = 2**23  # kept for the backward pass of a block, some 50 MiB; where there are more: recomputed
+GPU_SCALE = 32  # a GPU wants larger parts, of the three above
 
 
 class Lookup(torch.autograd.Function):
@@ -93,22 +92,23 @@ class HSTUBlock(nn.Module):
             torch.arange(length, device=q.device).expand(batch, -1) if ctx.last is None else ctx.last[:, None]
         )
         inputs = [q, k, v, asked] + ([] if ctx.times is None else [ctx.query_times, ctx.times])
-        size = max(1, SCORES // (heads * min(ROWS, q.shape[2]) * length))
+        scale = 1 if q.device.type == "cpu" else GPU_SCALE
+        size = max(1, scale * SCORES // (heads * min(scale * ROWS, q.shape[2]) * length))
         parts = zip(*(tensor.split(size) for tensor in inputs), strict=True)
         attend = self.attend
-        if batch * heads * q.shape[2] * length > KEPT_SCORES:
+        if batch * heads * q.shape[2] * length > scale * KEPT_SCORES:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([self.attend_in_rows(attend, *part) for part in parts])
+        return torch.cat([self.attend_in_rows(attend, scale * ROWS, *part) for part in parts])
 
-    def attend_in_rows(self, attend, q, k, v, asked, query_times=None, times=None) -> Tensor:
-        """asked (b, queries): the position of each query; query_times (b, queries) and times (b, t): when
-        it is asked and when the keys happened. The rest as for `attend`."""
+    def attend_in_rows(self, attend, step, q, k, v, asked, query_times=None, times=None) -> Tensor:
+        """`step` queries at a time; asked (b, queries): the position of each query; query_times (b, queries)
+        and times (b, t): when it is asked and when the keys happened. The rest as for `attend`."""
         all_asked = q.shape[2] == k.shape[2]
         asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
         rows = []
-        for first in range(0, q.shape[2], ROWS):
-            r = slice(first, first + ROWS)
-            t = slice(0, first + ROWS if all_asked else None)
+        for first in range(0, q.shape[2], step):
+            r = slice(first, first + step)
+            t = slice(0, first + step if all_asked else None)
             clock = () if times is None else (query_times[:, r], times[:, t])
             inputs = (q[:, :, r], k[:, :, t], v[:, :, t], asked[:, r], *clock)
             rows.append(attend(*inputs))

@@ -2,7 +2,8 @@
 
 All take hidden (M, D), the item table (V, D), targets (M,), negatives (N,) shared by all positions
 or (M, N), excluded (M, N) bool or None, and return the SUM over the M positions as a scalar; the
-caller divides by the number of targets of all ranks. Padding has been dropped before.
+caller divides by the number of targets of all ranks. Padding has been dropped before. `softmax` has no
+negatives, and as `excluded` a pair, see there.
 """
 
 import math
@@ -10,7 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
+
+# What `softmax` works on at once. Scores of 2 MiB stay in the cache of a CPU, a GPU wants large products.
+CHUNK_SCORES = {"cpu": 2**19, "cuda": 2**27}
+CHUNK_POSITIONS = 128  # at least, however large the catalogue
 
 
 def score(hidden, table, targets, negatives, excluded) -> tuple[Tensor, Tensor]:
@@ -57,11 +61,47 @@ def sampled_softmax(hidden, table, targets, negatives, excluded=None, **_) -> Te
 
 
 def softmax(hidden, table, targets, negatives=None, excluded=None, **_) -> Tensor:
-    """Cross entropy over the whole catalogue, 256 positions at a time: all (M, V) scores are never held."""
-    # torch's own choice of chunk is a share of M: too small to be fast where M is.
-    options = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=256)
-    # Row 0 is padding, not a candidate.
-    return F.linear_cross_entropy(hidden, table[1:], targets - 1, reduction="sum", options=options)
+    """Cross entropy over the whole catalogue, row 0 (padding) left out.
+
+    `excluded`: None, or (seen, owner): bool (B, V), the items that a sequence must not count beside its
+    target, and the sequence of each position (M,). Leaving out the user's history trains for what is ranked:
+    seen items are no candidates there either."""
+    return ChunkedSoftmax.apply(hidden, table, targets, *(excluded or (None, None)))
+
+
+class ChunkedSoftmax(torch.autograd.Function):
+    """The sum of `softmax` and its gradients in one pass, some positions at a time: the (M, V) scores are
+    never held, as in torch's linear_cross_entropy, whose candidates are the same everywhere."""
+
+    @staticmethod
+    def forward(ctx, hidden, table, targets, seen, owner) -> Tensor:
+        total = hidden.new_zeros(())
+        grad_hidden, grad_table = torch.empty_like(hidden), torch.zeros_like(table)
+        size = max(CHUNK_POSITIONS, CHUNK_SCORES[hidden.device.type] // len(table))
+        for first in range(0, len(hidden), size):
+            part = slice(first, first + size)
+            h, target = hidden[part], targets[part, None]  # (m, D), (m, 1)
+            scores = h @ table.T  # (m, V)
+            wanted = scores.gather(1, target)
+            if seen is not None:
+                scores.masked_fill_(seen[owner[part]], -torch.inf)
+            scores[:, 0] = -torch.inf
+            scores.scatter_(1, target, wanted)  # a target is never excluded
+            top = scores.amax(1, keepdim=True)
+            weights = scores.sub_(top).exp_()  # (m, V), probabilities but for their sum
+            mass = weights.sum(1, keepdim=True)
+            total += (top + mass.log() - wanted).sum()
+            grad_hidden[part] = weights @ table / mass
+            grad_table.addmm_(weights.T, h / mass)
+        grad_hidden -= F.embedding(targets, table)
+        grad_table.index_add_(0, targets, hidden, alpha=-1)
+        ctx.save_for_backward(grad_hidden, grad_table)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor) -> tuple:
+        grad_hidden, grad_table = ctx.saved_tensors
+        return grad_hidden * grad_total, grad_table * grad_total, None, None, None
 
 
 LOSSES = {"bce": bce, "gbce": gbce, "sampled_softmax": sampled_softmax, "softmax": softmax}

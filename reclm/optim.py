@@ -10,15 +10,16 @@ from reclm.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101). Weight decay acts on the matrices of the blocks only: embedding rows of
-    rare items would fade between their few updates, and norm gains belong near 1."""
-    decayed, free = [], []
+    """AdamW (arXiv 1711.05101). Norm gains belong near 1 and are never decayed; rows of rare items would
+    fade between their few updates if embeddings were decayed as the matrices of the blocks are."""
+    matrices, embeddings, gains = [], [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embedding" not in name
-        (decayed if matrix else free).append(parameter)
+        group = gains if parameter.dim() < 2 else embeddings if "embedding" in name else matrices
+        group.append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": embeddings, "weight_decay": cfg.embedding_decay},
+        {"params": gains, "weight_decay": 0.0},
     ]
     # beta2 = .98: with .999 the variance still remembers the first steps after a whole short run.
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)

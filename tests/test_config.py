@@ -232,7 +232,6 @@ def test_there_are_recipes():
     [
         ["--loss=softmax", "--num_negatives=5"],
         ["--loss=softmax", "--share_negatives=false"],
-        ["--loss=softmax", "--exclude_history=true"],
         ["--loss=bce", "--gbce_t=0.5"],
         ["--scores=dot", "--temperature=0.1"],
         ["--schedule=constant", "--lr_min=0.2"],

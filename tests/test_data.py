@@ -79,7 +79,7 @@ def test_evaluation_by_hand(split, held_out):
     for batch in eval_batches(dataset, split, max_len=4, batch_size=2):
         for row, user in enumerate(batch["user_ids"].tolist()):
             length = batch["lengths"][row]
-            seen = batch["seen_items"][batch["seen_rows"] == row].tolist()
+            seen = [item for item in batch["seen_items"][row].tolist() if item]
             assert not batch["item_ids"][row, length:].any()
             found[user] = (batch["item_ids"][row, :length].tolist(), batch["target_ids"][row].item(), seen)
     expected = {}
@@ -331,7 +331,7 @@ def test_more_parts_than_rows_leaves_no_empty_part(tiny_dataset):
 
 def draw_many(dataset, loss, users, targets, times=2000):
     sampler, rng = NegativeSampler(dataset, loss), np.random.default_rng(0)
-    return np.stack([sampler.draw(rng, users, targets)["negatives"] for _ in range(times)])
+    return np.stack([sampler.draw(rng, users, targets) for _ in range(times)])
 
 
 def test_own_negatives_are_uniform_over_all_items_but_the_target():
@@ -386,23 +386,23 @@ def test_shared_negatives_are_at_most_all_items(tiny_dataset):
     assert [sorted(row) for row in draws.tolist()] == [list(range(1, 31))] * 2
 
 
-def test_seen_negatives_by_brute_force(tiny_dataset):
-    loss = LossConfig(num_negatives=12, exclude_history=True)
+@pytest.mark.parametrize("name", ["bce", "softmax"])
+def test_seen_items_by_brute_force(tiny_dataset, name):
+    loss = LossConfig(loss=name, exclude_history=True)
     hits = 0
     for _, micro, _ in epoch_of(batches_of(tiny_dataset, loss=loss)):
         batch = micro[0]
         for row, user in enumerate(batch["user_ids"].tolist()):
             first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
             history = set(tiny_dataset.item_ids[first : last - 2].tolist())
-            expected = [item in history for item in batch["negatives"].tolist()]
-            assert batch["seen_negatives"][row].tolist() == expected
-            hits += sum(expected)
+            assert set(batch["seen_items"][row].tolist()) - {0} == history
+            hits += len(history)
     assert hits > 100
 
 
 @pytest.mark.parametrize("exclude_history", [True, False])
 def test_seen_negatives_meet_the_right_positions(tiny_dataset, exclude_history):
-    """`seen_negatives` has a row a sequence, the loss a row a target: model.negatives joins them."""
+    """`seen_items` has a row a sequence, the loss a row a target: model.negatives joins them."""
     loss = LossConfig(num_negatives=12, exclude_history=exclude_history)
     model = model_for(tiny_dataset, loss)
     _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=loss))[0]
@@ -412,15 +412,14 @@ def test_seen_negatives_meet_the_right_positions(tiny_dataset, exclude_history):
     expected = []
     for row in range(len(batch["lengths"])):
         for target in batch["targets"][row][: batch["lengths"][row]].tolist():
-            seen = batch["seen_negatives"][row].tolist() if exclude_history else [False] * 12
-            pairs = zip(batch["negatives"].tolist(), seen, strict=True)
-            expected.append([seen or item == target for item, seen in pairs])
+            left_out = {target} | set(batch["seen_items"][row].tolist() if exclude_history else [])
+            expected.append([item in left_out for item in batch["negatives"].tolist()])
     assert excluded.tolist() == expected and excluded.any() and not excluded.all()
 
 
 def test_softmax_needs_no_negatives(tiny_dataset):
     _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=LossConfig(loss="softmax")))[0]
-    assert "negatives" not in micro[0] and "seen_negatives" not in micro[0]
+    assert "negatives" not in micro[0] and "seen_items" not in micro[0]
 
 
 def test_one_item_is_refused():
@@ -428,14 +427,13 @@ def test_one_item_is_refused():
         batches_of(make_dataset([[1, 1, 1, 1], [1, 1, 1]]))
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_history_of_all_items_is_refused(share):
+def test_a_history_of_all_items_is_refused():
     dataset = make_dataset([[1, 2, 3, 1, 2], [1, 2, 1, 3, 3]])  # user 0 trains on 1, 2, 3
-    loss = LossConfig(num_negatives=2, share_negatives=share, exclude_history=True)
+    loss = {"num_negatives": 2, "share_negatives": False, "exclude_history": True}
     with pytest.raises(UserError, match="user 0 has every item"):
-        batches_of(dataset, loss=loss)
-    batches_of(dataset, loss=LossConfig(num_negatives=2, share_negatives=share))
-    batches_of(dataset, loss=LossConfig(loss="softmax"))
+        batches_of(dataset, loss=LossConfig(**loss))
+    for useful in ("share_negatives", "exclude_history"):  # then none is drawn, or all may be
+        batches_of(dataset, loss=LossConfig(**loss | {useful: not loss[useful]}))
 
 
 # ---------------------------------------------------------------- ranks

@@ -96,6 +96,29 @@ def test_softmax_is_the_naive_loop_and_never_counts_row_0():
     assert not table.grad[0].any() and table.grad[1:].abs().sum(1).min() > 0
 
 
+@pytest.mark.parametrize("rows", [None, 2])
+def test_softmax_leaves_out_the_history_of_each_sequence(monkeypatch, rows):
+    """Against a loop over candidates, with gradients of autograd through it; whole and in parts."""
+    if rows:
+        monkeypatch.setattr("reclm.losses.CHUNK_POSITIONS", rows)
+        monkeypatch.setattr("reclm.losses.CHUNK_SCORES", {"cpu": 0})
+    hidden, table, targets, _, _ = inputs()
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    seen = torch.rand(3, V, generator=torch.Generator().manual_seed(1)) < 0.5
+    seen[0, targets[0]] = True  # a target counts, seen or not
+    values, results = [hidden.requires_grad_(), table.requires_grad_()], []
+    expected = 0.0
+    for m in range(M):
+        kept = [item for item in range(1, V) if item == targets[m] or not seen[owner[m], item]]
+        assert 1 < len(kept) < V - 1
+        scores = table[kept] @ hidden[m]
+        expected = expected + scores.logsumexp(0) - table[targets[m]] @ hidden[m]
+    for loss in (expected, softmax(hidden, table, targets, None, (seen, owner))):
+        results.append([loss.detach(), *torch.autograd.grad(2 * loss, values)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_sampled_softmax_over_all_items_is_softmax():
     hidden, table, targets, _, _ = inputs()
     negatives = 1 + torch.randperm(V - 1)
@@ -189,7 +212,7 @@ def test_no_positions_give_zero(name, shared, items):
     hidden = torch.zeros(0, D, requires_grad=True)
     table = torch.randn(items, D, requires_grad=True)
     negatives = torch.arange(1, N + 1) if shared else torch.zeros(0, N, dtype=torch.long)
-    excluded = torch.zeros(0, N, dtype=torch.bool)
+    excluded = None if name == "softmax" else torch.zeros(0, N, dtype=torch.bool)
     loss = LOSSES[name](hidden, table, torch.zeros(0, dtype=torch.long), negatives, excluded)
     loss.backward()
     assert loss.shape == () and loss.item() == 0.0
@@ -210,6 +233,7 @@ def test_gradients(name, shared):
 def test_large_scores_do_not_overflow(name):
     hidden, table, targets, negatives, excluded = inputs()
     hidden = (hidden * 1000).float().requires_grad_()
+    excluded = None if name == "softmax" else excluded
     loss = LOSSES[name](hidden, table.float(), targets, negatives, excluded)
     loss.backward()
     assert loss.isfinite() and hidden.grad.isfinite().all()

@@ -16,14 +16,15 @@ def model():
     return SequenceRecommender(cfg, LossConfig(), 10, 5)
 
 
-def test_only_matrices_of_the_blocks_decay(model):
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3))
+def test_matrices_and_embeddings_decay_and_norms_never(model):
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, embedding_decay=0.1))
     names = {id(weight): name for name, weight in model.named_parameters()}
     decay = {names[id(w)]: g["weight_decay"] for g in optimizer.param_groups for w in g["params"]}
     assert decay.keys() == set(names.values())  # every parameter, once
     matrices = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
     for name, value in decay.items():
-        assert value == (0.3 if name.split(".")[-2] in matrices else 0.0), name
+        module = name.split(".")[-2]
+        assert value == (0.3 if module in matrices else 0.1 if "embedding" in module else 0.0), name
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
