@@ -42,7 +42,7 @@ from reclm.config import LossConfig, ModelConfig, build_config
 from reclm.losses import softmax
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
-RANK = {"loss": "softmax", "batch_size": 64, "lr": 1e-3, "device": "cpu"}  # half a batch of 128
+RANK = {"loss": "softmax", "batch_size": 64, "lr": 1e-3, "device": "cpu", "exclude_history": False}  # half of 128
 KINDS = {  # part of an operator's name: what it is work for; the first that fits
     "mm": "matrix products", "attention": "attention", "exp": "softmax", "amax": "softmax", "log": "softmax",
     "random": "dropout", "silu": "SwiGLU", "Optimizer": "optimizer", "adamw": "optimizer",
@@ -107,7 +107,7 @@ def phases(run: program.Trainer, steps: int = 24) -> dict:
             lap("blocks, forward")
             real = batch["targets"] != 0
             loss = softmax(hidden[real], model.item_table(), batch["targets"][real])
-            lap("loss and its gradient")  # linear_cross_entropy finds both in one pass
+            lap("loss and its gradient")  # both in one pass
             (loss / num_targets).backward()
             lap("blocks, backward")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -22,6 +22,7 @@ def settings(spec: dict) -> dict:
     if not spec["time_to"]:
         said |= {name: spec[name] for name in ("dim", "n_layers", "n_heads", "max_len", "dropout")}
         said |= {name: spec[name] for name in ("loss", "batch_size", "lr", "eval_batch_size")}
+        said["exclude_history"] = False  # no peer leaves it out of the loss
     return said
 
 
