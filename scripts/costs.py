@@ -42,7 +42,13 @@ from reclm.config import LossConfig, ModelConfig, build_config
 from reclm.losses import softmax
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
-RANK = {"loss": "softmax", "batch_size": 64, "lr": 1e-3, "device": "cpu", "exclude_history": False}  # half of 128
+RANK = {
+    "loss": "softmax",
+    "batch_size": 64,
+    "lr": 1e-3,
+    "device": "cpu",
+    "exclude_history": False,
+}  # half of 128
 KINDS = {  # part of an operator's name: what it is work for; the first that fits
     "mm": "matrix products", "attention": "attention", "exp": "softmax", "amax": "softmax", "log": "softmax",
     "random": "dropout", "silu": "SwiGLU", "Optimizer": "optimizer", "adamw": "optimizer",

@@ -213,7 +213,7 @@ def test_more_than_a_pool_of_batches(tiny_dataset):
 
 
 @pytest.mark.parametrize(
-    "loss", [{}, {"share_negatives": False}, {"exclude_history": True}, {"loss": "softmax"}]
+    "loss", [{}, {"share_negatives": False}, {"exclude_history": False}, {"loss": "softmax"}]
 )
 def test_an_epoch_is_a_function_of_seed_and_number(tiny_dataset, loss):
     loss = LossConfig(**{"num_negatives": 3} | loss)
@@ -290,7 +290,7 @@ def model_for(dataset, loss, max_len=20):
     return SequenceRecommender(cfg, loss, dataset.num_items, dataset.num_users)
 
 
-NEGATIVES = [{}, {"exclude_history": True}, {"share_negatives": False}]
+NEGATIVES = [{}, {"exclude_history": False}, {"share_negatives": False}]
 
 
 @pytest.mark.parametrize(("name", "how"), [(name, how) for name in LOSSES for how in NEGATIVES])
@@ -337,7 +337,7 @@ def draw_many(dataset, loss, users, targets, times=2000):
 def test_own_negatives_are_uniform_over_all_items_but_the_target():
     dataset = make_dataset([[1, 2, 3, 4, 5, 6]])
     targets = np.array([[1, 4, 6]])
-    loss = LossConfig(num_negatives=4, share_negatives=False)
+    loss = LossConfig(num_negatives=4, share_negatives=False, exclude_history=False)
     draws = draw_many(dataset, loss, np.array([0]), targets)  # (2000, 1, 3, 4)
     for column, target in enumerate((1, 4, 6)):
         counts = np.bincount(draws[:, 0, column].ravel(), minlength=7)
@@ -417,9 +417,23 @@ def test_seen_negatives_meet_the_right_positions(tiny_dataset, exclude_history):
     assert excluded.tolist() == expected and excluded.any() and not excluded.all()
 
 
-def test_softmax_needs_no_negatives(tiny_dataset):
-    _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=LossConfig(loss="softmax")))[0]
-    assert "negatives" not in micro[0] and "seen_items" not in micro[0]
+@pytest.mark.parametrize("exclude_history", [True, False])
+def test_softmax_counts_what_the_user_has_not_seen(tiny_dataset, exclude_history):
+    """The loss of a whole batch against a loop over positions and candidates."""
+    loss = LossConfig(loss="softmax", exclude_history=exclude_history)
+    model = model_for(tiny_dataset, loss).eval()
+    _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=loss))[0]
+    batch, expected = micro[0], 0.0
+    assert "negatives" not in batch and ("seen_items" in batch) == exclude_history
+    scores = model.encode(batch) @ model.item_table().T  # (B, T, V)
+    for row, user in enumerate(batch["user_ids"].tolist()):
+        first, last = tiny_dataset.offsets[user], tiny_dataset.offsets[user + 1]
+        history = set(tiny_dataset.item_ids[first : last - 2].tolist()) if exclude_history else set()
+        for column in range(batch["lengths"][row]):
+            target = batch["targets"][row, column].item()
+            counted = [item for item in range(1, 31) if item == target or item not in history]
+            expected += scores[row, column, counted].logsumexp(0) - scores[row, column, target]
+    assert model(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_one_item_is_refused():
@@ -440,7 +454,7 @@ def test_a_history_of_all_items_is_refused():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"exclude_history": True}])
+@pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"loss": "softmax"}])
 def test_ranks_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
     loss = LossConfig(num_negatives=4, **loss)
     whole = epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7))
