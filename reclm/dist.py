@@ -1,6 +1,8 @@
 """Processes: one rank or many, the same lines. The only module that knows what a process group is."""
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -16,10 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reclm.errors import UserError
 
-# The process group, held until the interpreter ends. DDP holds it too, and as its last owner would free it
-# with the GIL taken, while gloo's threads, which must finish first, may wait for the GIL to let go of the
-# last barrier: 3 of 36 stopped runs hung at their exit. Freed by Python, it is without the GIL.
+# The process group, held until nothing else is. DDP holds it too, and as its last owner would free it with
+# the GIL taken, while gloo's threads, which must finish first, may wait for the GIL to let go of the last
+# barrier: 3 of 36 stopped runs hung at their exit. Freed by Python, it is without the GIL.
 _group = None
+
+
+@atexit.register
+def free_group() -> None:
+    """No later than this: a thread that asks for the GIL while the interpreter goes away aborts it all."""
+    global _group
+    if getattr(sys, "last_value", None) is None:  # else a traceback holds the frames of the run, and so DDP
+        gc.collect()  # DDP is part of cycles
+        _group = None
 
 
 def rank() -> int:

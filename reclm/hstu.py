@@ -98,11 +98,12 @@ class HSTUBlock(nn.Module):
         attend = self.attend
         if batch * heads * q.shape[2] * length > scale * KEPT_SCORES:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([self.attend_in_rows(attend, scale * ROWS, *part) for part in parts])
+        return torch.cat([self.attend_in_rows(attend, *part) for part in parts])
 
-    def attend_in_rows(self, attend, step, q, k, v, asked, query_times=None, times=None) -> Tensor:
-        """`step` queries at a time; asked (b, queries): the position of each query; query_times (b, queries)
-        and times (b, t): when it is asked and when the keys happened. The rest as for `attend`."""
+    def attend_in_rows(self, attend, q, k, v, asked, query_times=None, times=None) -> Tensor:
+        """asked (b, queries): the position of each query; query_times (b, queries) and times (b, t): when
+        it is asked and when the keys happened. The rest as for `attend`."""
+        step = ROWS if q.device.type == "cpu" else GPU_SCALE * ROWS
         all_asked = q.shape[2] == k.shape[2]
         asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
         rows = []

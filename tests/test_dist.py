@@ -6,8 +6,9 @@ import sys
 from launch import MAIN, environment
 
 LEAVE_AT_A_BARRIER = """
-import sys, torch
+import atexit, sys, torch, weakref
 from functools import partial
+atexit.register(lambda: print(left, group()))  # runs after what reclm.dist has registered
 from reclm import dist
 
 def run():
@@ -23,15 +24,16 @@ for number in range(100):
     torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), world_size=2)
     try:
         with dist.distributed():
+            group = weakref.ref(torch.distributed.group.WORLD)
             run()
     except SystemExit as stop:
         left += stop.code == 3
-print(left)
 """
 
 
 def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
-    """A race of threads, lost in 3 of 36 stopped runs (see reclm/dist.py): so a hundred times."""
+    """A race of threads, lost in 3 of 36 stopped runs (see reclm/dist.py): so a hundred times. The last group
+    is gone before the interpreter is."""
     launched = environment({"WORLD_SIZE": "2"})
     ranks = [
         subprocess.Popen(
@@ -41,7 +43,7 @@ def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
         for r in range(2)
     ]  # fmt: skip
     try:
-        assert [int(rank.communicate(timeout=60)[0]) for rank in ranks] == [100, 100]
+        assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["100 None\n"] * 2
     finally:
         for rank in ranks:
             rank.kill()
