@@ -190,6 +190,11 @@ def histories(
     return batch
 
 
+def whole_histories(dataset: Dataset, users: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(B, L): the first `lengths` items of each user, 0 behind the end."""
+    return pad(dataset.item_ids, dataset.offsets[users], lengths, int(lengths.max()))
+
+
 def to_tensors(batch: dict) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
@@ -260,10 +265,7 @@ class TrainBatches:
         if self.loss.loss != "softmax":
             batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
         if self.loss.exclude_history and self.loss.share_negatives:
-            known = self.dataset.train_lengths[users]
-            batch["seen_items"] = pad(
-                self.dataset.item_ids, self.dataset.offsets[users], known, int(known.max())
-            )
+            batch["seen_items"] = whole_histories(self.dataset, users, self.dataset.train_lengths[users])
         return to_tensors(batch)
 
 
@@ -340,8 +342,6 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
         batch = histories(dataset, users[chosen], ends - lengths, lengths, int(lengths.max()))
         batch |= {
             "target_ids": dataset.item_ids[ends],
-            "seen_items": pad(
-                dataset.item_ids, ends - known[chosen], known[chosen], int(known[chosen].max())
-            ),
+            "seen_items": whole_histories(dataset, users[chosen], known[chosen]),
         }
         yield to_tensors(batch)

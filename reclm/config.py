@@ -161,16 +161,8 @@ class TrainConfig:
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
-        not_negative(
-            self,
-            "weight_decay",
-            "embedding_decay",
-            "warmup_steps",
-            "clip_norm",
-            "patience",
-            "seed",
-            "keep_last",
-        )
+        not_negative(self, "weight_decay", "embedding_decay", "warmup_steps", "clip_norm")
+        not_negative(self, "patience", "seed", "keep_last")
         probability(self, "lr_min", closed=True)
         probability(self, "random_windows", closed=True)
         probability(self, "ema")
@@ -255,6 +247,11 @@ def build_config(values: dict) -> Config:
         ):
             with_others = " ".join(f"--{other}={flat[other]}" for other in others)
             raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
+    if cfg.loss.exclude_history and not cfg.eval.filter_seen:
+        raise UserError(
+            "--filter_seen=false ranks the items of the history, but the loss leaves them out: "
+            "train with --exclude_history=false"
+        )
     return cfg
 
 

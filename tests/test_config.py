@@ -250,6 +250,13 @@ def test_one_of_two_switches_gives_another_its_effect(useful):
     assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
 
 
+def test_items_left_out_of_the_loss_cannot_be_ranked():
+    with pytest.raises(UserError, match="--filter_seen=false .* train with --exclude_history=false"):
+        build_config(parse_args(["--filter_seen=false"]))
+    cfg = build_config(parse_args(["--filter_seen=false", "--exclude_history=false"]))
+    assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
+
+
 def test_config_without_a_file_is_one_line():
     with pytest.raises(UserError, match="--config: expected one argument"):
         parse_args(["--config"])
