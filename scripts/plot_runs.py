@@ -37,7 +37,7 @@ def main() -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for run in args.runs:
-        name, _, path = run.partition("=")
+        name, _, path = run.rpartition("=")  # a name may hold one
         try:
             minutes, scores = read_curve(Path(path))
         except (OSError, ValueError, KeyError) as error:

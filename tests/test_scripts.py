@@ -54,7 +54,9 @@ def test_curves_of_a_folder_and_of_a_file(tmp_path):
     import plot_runs
 
     assert plot_runs.read_curve(tmp_path) == ([1.0, 1.5], [0.1, 0.2])
-    plot(f"--out={tmp_path / 'out.png'}", f"a={tmp_path}", f"b={tmp_path / 'other.jsonl'}").check_returncode()
+    plot(
+        f"--out={tmp_path / 'out.png'}", f"d = 1={tmp_path}", f"b={tmp_path / 'other.jsonl'}"
+    ).check_returncode()
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
