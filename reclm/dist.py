@@ -26,7 +26,8 @@ _group = None
 
 @atexit.register
 def free_group() -> None:
-    """No later than this: a thread that asks for the GIL while the interpreter goes away aborts it all."""
+    """No later than this: a thread that asks for the GIL while the interpreter goes away aborts the process,
+    the most likely cause of a run that once ended so ("terminate called without an active exception")."""
     global _group
     if getattr(sys, "last_value", None) is None:  # else a traceback holds the frames of the run, and so DDP
         gc.collect()  # DDP is part of cycles

@@ -25,6 +25,10 @@ KEPT_SCORES = 2**23  # kept for the backward pass of a block, some 50 MiB; where
 GPU_SCALE = 32  # a GPU wants larger parts, of the three above
 
 
+def part_scale(tensor: Tensor) -> int:
+    return 1 if tensor.device.type == "cpu" else GPU_SCALE
+
+
 class Lookup(torch.autograd.Function):
     """table[index] for a table of numbers; its gradient in one pass (torch's goes index by index)."""
 
@@ -92,7 +96,7 @@ class HSTUBlock(nn.Module):
             torch.arange(length, device=q.device).expand(batch, -1) if ctx.last is None else ctx.last[:, None]
         )
         inputs = [q, k, v, asked] + ([] if ctx.times is None else [ctx.query_times, ctx.times])
-        scale = 1 if q.device.type == "cpu" else GPU_SCALE
+        scale = part_scale(q)
         size = max(1, scale * SCORES // (heads * min(scale * ROWS, q.shape[2]) * length))
         parts = zip(*(tensor.split(size) for tensor in inputs), strict=True)
         attend = self.attend
@@ -103,7 +107,7 @@ class HSTUBlock(nn.Module):
     def attend_in_rows(self, attend, q, k, v, asked, query_times=None, times=None) -> Tensor:
         """asked (b, queries): the position of each query; query_times (b, queries) and times (b, t): when
         it is asked and when the keys happened. The rest as for `attend`."""
-        step = ROWS if q.device.type == "cpu" else GPU_SCALE * ROWS
+        step = part_scale(q) * ROWS
         all_asked = q.shape[2] == k.shape[2]
         asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
         rows = []
