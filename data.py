@@ -7,8 +7,10 @@ A batch is a dict of tensors, the only thing the model knows of the data:
     num_before (B,)   int64   earlier actions of the user that were cut off
     timestamps, next_timestamps (B, T) float64 seconds of each action and of the one after it, which is the
                               one to predict; only where the data have them
+    profiles   (B, P) int64   codes of the fields of the user's profile, and
+    actions    (B, T) int64   the feedback given with each item, from 1 on; where they are asked for
   in training also
-    targets    (B, T) int64   the next item at each position, 0 where there is none
+    targets    (B, T) int64   the next item at each position, 0 where there is none or it is negative feedback
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn for each position
   and, in evaluation and where --exclude_history asks for it,
     seen_items (B, L) int64   the whole history (in training: its training part), padded with 0
@@ -20,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +31,16 @@ import torch
 from torch import Tensor
 
 from reclm import dist
+from reclm.cold_start import hold_out
 from reclm.config import DataConfig, LossConfig, TrainConfig
 from reclm.datasets import Source, find_dataset, read_dataset
 from reclm.errors import UserError
+from reclm.features import WORDS, profile_codes, word_codes
+from reclm.inputs import Vocabulary
 
-CACHE_VERSION = 1  # part of the cache key: raise it when `prepare` changes what it writes
-ARRAYS = ("offsets", "item_ids", "timestamps", "ratings", "users", "items")
+HELD_OUT = {"valid": 2, "test": 1}  # the target's place, from the end of a sequence
+CACHE_VERSION = 2  # part of the cache key: raise it when `prepare` changes what it writes
+ARRAYS = ("offsets", "item_ids", "timestamps", "ratings", "users", "items", "cold_items", "profiles")
 
 
 @dataclass
@@ -51,6 +57,14 @@ class Dataset:
     ratings: np.ndarray  # (rows,) float64; empty where the source has none
     users: np.ndarray  # (U,) original ids
     items: np.ndarray  # (V - 1,) original ids; items[i - 1] is item i
+    cold_items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # kept out of training
+    profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (U, P) codes
+    words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
+    # What this run gives the model, empty where it is not asked for; see features.choose_inputs.
+    profile_sizes: tuple[int, ...] = ()
+    actions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (rows,) kinds of feedback
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # of items, a row each
+    negative: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (rows,) never a target
 
     @property
     def num_users(self) -> int:
@@ -59,6 +73,13 @@ class Dataset:
     @property
     def num_items(self) -> int:
         return len(self.items)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        num_actions = int(self.actions.max(initial=0))
+        return Vocabulary(
+            self.num_items, self.num_users, self.profile_sizes, num_actions, self.features, self.cold_items
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -77,22 +98,23 @@ class Dataset:
 
 def load_dataset(cfg: DataConfig) -> Dataset:
     """Find (or download), prepare and cache the data: once, on the main rank. Raises UserError."""
-    data_dir = cfg.data_dir or os.environ.get("RECLM_DATA") or "data"
 
     def find_and_prepare() -> tuple[Source, Path]:
-        source = find_dataset(cfg.dataset, data_dir, cfg.unordered_ok)
-        return source, prepare(source, cfg.min_item_count, cfg.shuffle_ties)
+        source = find_dataset(cfg.dataset, cfg.folder, cfg.unordered_ok)
+        return source, prepare(source, cfg.min_item_count, cfg.shuffle_ties, cfg.cold_items)
 
     source, folder = dist.on_main(find_and_prepare)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*ARRAYS, *WORDS)}
+    words = {name: arrays.pop(name) for name in WORDS}
     meta = json.loads((folder / "meta.json").read_text())
     meta["notes"] = [*source.notes, *meta["notes"]]
-    return Dataset(name=source.name, protocol=source.protocol, **meta, **arrays)
+    return Dataset(name=source.name, protocol=source.protocol, words=words, **meta, **arrays)
 
 
-def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0) -> Path:
+def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0, cold_items: float = 0.0) -> Path:
     """The folder with the prepared arrays of a source: made now, or found by the key of its inputs."""
-    key = hashlib.sha256(repr((CACHE_VERSION, source.reader, min_item_count, shuffle_ties)).encode())
+    settings = (CACHE_VERSION, source.reader, min_item_count, shuffle_ties, cold_items)
+    key = hashlib.sha256(repr(settings).encode())
     for path in source.files:
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
@@ -100,8 +122,10 @@ def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0) -> Path:
     folder = root / f"{source.name}-{key.hexdigest()[:16]}"
     if folder.exists():
         return folder
-    table = read_dataset(source).interactions
-    meta, arrays = build_sequences(table, min_item_count, shuffle_ties)
+    raw = read_dataset(source)
+    meta, arrays = build_sequences(raw.interactions, min_item_count, shuffle_ties, cold_items)
+    arrays["profiles"] = profile_codes(raw.users, arrays["users"])
+    arrays |= word_codes(raw.items, arrays["items"])
     root.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed: a killed run leaves nothing that looks whole.
     work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
@@ -119,11 +143,13 @@ def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0) -> Path:
     return folder
 
 
-def build_sequences(table: pd.DataFrame, min_item_count: int, shuffle_ties: int = 0) -> tuple[dict, dict]:
+def build_sequences(
+    table: pd.DataFrame, min_item_count: int, shuffle_ties: int = 0, cold_items: float = 0.0
+) -> tuple[dict, dict]:
     """Tidy interactions (user, item[, rating][, timestamp]) in file order -> notes and arrays.
 
     Rows are sorted by (user, time) with a STABLE sort, so ties keep file order, or with `shuffle_ties` the
-    random order of that seed. Raises UserError."""
+    random order of that seed. `cold_items`: see reclm/cold_start.py. Raises UserError."""
     notes = []
     if min_item_count > 1:
         counts = table["item"].map(table["item"].value_counts())
@@ -159,7 +185,11 @@ def build_sequences(table: pd.DataFrame, min_item_count: int, shuffle_ties: int 
         "ratings": table["rating"].to_numpy(np.float64)[order] if "rating" in table else np.zeros(0),
         "users": users,
         "items": items,
+        "cold_items": np.zeros(0, np.int64),
     }
+    if cold_items:
+        arrays, note = hold_out(arrays, cold_items)
+        notes.append(note)
     fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
     for name in ("offsets", "item_ids"):
         fingerprint.update(arrays[name].tobytes())
@@ -187,6 +217,10 @@ def histories(
     if len(dataset.timestamps):
         batch["timestamps"] = pad(dataset.timestamps, starts, lengths, width)
         batch["next_timestamps"] = pad(dataset.timestamps, starts + 1, lengths, width)
+    if dataset.profile_sizes:
+        batch["profiles"] = dataset.profiles[users]
+    if len(dataset.actions):
+        batch["actions"] = pad(dataset.actions, starts, lengths, width)
     return batch
 
 
@@ -216,7 +250,9 @@ class TrainBatches:
         ends = dataset.offsets[self.users] + dataset.train_lengths[self.users]
         self.starts = ends - 1 - self.lengths
         self.max_len = max_len
-        self.num_tokens = int(self.lengths.sum())  # targets in an epoch
+        is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
+        before = np.concatenate([[0], np.cumsum(is_target)])
+        self.num_tokens = int((before[ends] - before[ends - self.lengths]).sum())  # targets in an epoch
         self.sampler = NegativeSampler(dataset, loss)
 
     def __len__(self) -> int:
@@ -229,7 +265,7 @@ class TrainBatches:
         for step in range(first_step, len(composed)):
             rows = composed[step]
             batch = self.build(rows, np.random.default_rng((self.cfg.seed, epoch, step)))
-            yield step, self.split(batch), int(self.lengths[rows].sum())
+            yield step, self.split(batch), int((batch["targets"] > 0).sum())
 
     def split(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """This rank's rows of a batch (every world-size-th), in `grad_accum_steps` parts."""
@@ -262,6 +298,8 @@ class TrainBatches:
             starts = starts - moved * rng.integers(0, starts - self.dataset.offsets[users] + 1)
         batch = histories(self.dataset, users, starts, lengths, width)
         batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
+        if len(self.dataset.negative):
+            batch["targets"][pad(self.dataset.negative, starts + 1, lengths, width)] = 0
         if self.loss.loss != "softmax":
             batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
         if self.loss.exclude_history and self.loss.share_negatives:
@@ -331,8 +369,7 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
     The composition of a batch never depends on the number of ranks: whole batches are dealt out, so
     every user's scores are computed in the same shapes, to the same bits, whoever computes them."""
     users = dataset.evaluated
-    held_out = {"valid": 2, "test": 1}[split]
-    known = dataset.lengths[users] - held_out
+    known = dataset.lengths[users] - HELD_OUT[split]
     order = np.argsort(-known, kind="stable")
     users, known = users[order], known[order]
     for first in range(dist.rank() * batch_size, len(users), dist.world_size() * batch_size):

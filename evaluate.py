@@ -1,13 +1,16 @@
 """Full-catalogue ranking: every user, every item, no sampling, exact under any number of ranks."""
 
+from collections import Counter
+
 import torch
 
-from data import Dataset, eval_batches
+from data import HELD_OUT, Dataset, eval_batches
 from model import SequenceRecommender
 from reclm import dist
 from reclm.config import EvalConfig
 from reclm.errors import UserError
 from reclm.metrics import rank_of_target, ranking_sums
+from reclm.next_time import TIME_ERRORS, time_errors, training_spread
 
 MAX_SCORES = 2**26  # scores held at once: 256 MiB in float32, whatever the size of the catalogue
 
@@ -44,9 +47,38 @@ def rank_users(
 
 def evaluate(model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
     """{"HR@10": ..., "NDCG@10": ..., "MRR": ...} over all evaluated users of all ranks."""
-    _, ranks = rank_users(model, dataset, split, cfg)
-    sums = ranking_sums(ranks)
-    count, *totals = dist.sum_over_ranks([len(ranks), *sums.values()])
+    users, ranks = rank_users(model, dataset, split, cfg)
+    metrics, count = mean_over_ranks(ranking_sums(ranks), len(ranks))
     if count != len(dataset.evaluated):
         raise AssertionError(f"ranked {count} users of {len(dataset.evaluated)}")
-    return {name: total / count for name, total in zip(sums, totals, strict=True)}
+    if len(dataset.negative):  # how well are those ranked that the user liked?
+        targets = dataset.offsets[users.numpy() + 1] - HELD_OUT[split]
+        liked = ranks[torch.from_numpy(~dataset.negative[targets])]
+        of_liked, count = mean_over_ranks(ranking_sums(liked), len(liked))
+        metrics |= {f"liked/{name}": value for name, value in of_liked.items()} | {"liked/users": count}
+    if getattr(model, "time_head", None) is not None:
+        metrics |= evaluate_times(model, dataset, split, cfg)
+    return metrics
+
+
+def mean_over_ranks(sums: dict[str, float], count: int) -> tuple[dict[str, float], int]:
+    """Sums over this rank's users, and their number -> means over those of all ranks, and their number."""
+    count, *totals = dist.sum_over_ranks([count, *sums.values()])
+    return {name: total / max(count, 1) for name, total in zip(sums, totals, strict=True)}, int(count)
+
+
+@torch.inference_mode()
+def evaluate_times(
+    model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig
+) -> dict[str, float]:
+    """Means over all evaluated users of what reclm/next_time.py says of the time to the held-out action."""
+    model.eval()
+    device = next(model.parameters()).device
+    spread, sums, count = training_spread(dataset), Counter(), 0
+    for batch in eval_batches(dataset, split, model.cfg.max_len, cfg.eval_batch_size):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        hidden = model.encode(batch, last_only=True)[:, 0]  # (B, D)
+        errors = time_errors(model.time_head, hidden, batch, spread)
+        sums.update({name: error.double().sum().item() for name, error in errors.items()})
+        count += len(hidden)
+    return mean_over_ranks({name: sums[name] for name in TIME_ERRORS}, count)[0]

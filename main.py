@@ -28,11 +28,12 @@ from model import SequenceRecommender
 from reclm import checkpoint, dist, runs
 from reclm.config import Config, ModelConfig, build_config, parse_args
 from reclm.errors import UserError
+from reclm.features import choose_inputs
 from reclm.logger import Logger, say, write_json
 from reclm.optim import build_optimizer, learning_rate, update_average
 
 MODEL_NAMES = [field.name for field in fields(ModelConfig)]
-DATA_NAMES = ["dataset", "min_item_count", "shuffle_ties"]
+DATA_NAMES = ["dataset", "min_item_count", "shuffle_ties", "cold_items"]
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def evaluate_checkpoint(said: dict) -> None:
     state = checkpoint.load_checkpoint(path)
     fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
     cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
-    dataset = load_dataset(cfg.data)
+    dataset = choose_inputs(load_dataset(cfg.data), cfg)
     say(runs.describe_data(dataset, cfg.model))
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
@@ -66,7 +67,7 @@ def evaluate_checkpoint(said: dict) -> None:
 
 def build_model(cfg: Config, dataset: Dataset) -> SequenceRecommender:
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    model = SequenceRecommender(cfg.model, cfg.loss, dataset.num_items, dataset.num_users)
+    model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
     return model.to(dist.pick_device(cfg.run.device))
 
 
@@ -77,6 +78,7 @@ class Progress:
     epoch: int = 0  # the next epoch to run
     step: int = 0  # the next step in it
     loss_sum: float = 0.0  # over the steps of this epoch so far
+    num_targets: int = 0  # in them
     seconds: float = 0.0  # of the whole run so far
     best_score: float = -1.0  # validation NDCG@10
     best_epoch: int = -1
@@ -137,7 +139,7 @@ def train(said: dict) -> None:
         names = [*MODEL_NAMES, *DATA_NAMES, *checkpoint.TRAJECTORY]
         said = checkpoint.merge_config(said, state, path, names)
     cfg = build_config(said)
-    dataset = load_dataset(cfg.data)
+    dataset = choose_inputs(load_dataset(cfg.data), cfg)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
     say(runs.describe_data(dataset, cfg.model))
     run = Trainer(cfg, dataset, state, path)
@@ -179,6 +181,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
         if cfg.ema:
             update_average(run.evaluated, run.model, total_step, cfg.ema)
         progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
+        progress.num_targets += num_targets
         tokens += num_targets
         speed = tokens / (time.time() - begin)
         run.logger.step(total / num_targets, speed)
@@ -186,7 +189,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
             stop_early(run)
     return {
         "epoch": epoch,
-        "loss": progress.loss_sum / run.batches.num_tokens,
+        "loss": progress.loss_sum / progress.num_targets,
         "lr": run.optimizer.param_groups[0]["lr"],
         "train_seconds": time.time() - begin,
         "tokens_per_second": speed,
@@ -248,7 +251,7 @@ def finish_epoch(run: Trainer, row: dict) -> None:
     progress.bad_epochs = 0 if better else progress.bad_epochs + 1
     if better:
         progress.best_score, progress.best_epoch = score, epoch
-    progress.epoch, progress.step, progress.loss_sum = epoch + 1, 0, 0.0
+    progress.epoch, progress.step, progress.loss_sum, progress.num_targets = epoch + 1, 0, 0.0, 0
     run.logger.end_epoch(row)
     say(
         f"epoch {epoch:3d}   loss {row['loss']:.4f}   valid HR@10 {row['valid/HR@10']:.4f}  "

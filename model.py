@@ -6,6 +6,7 @@ Letters in the shape comments:
     F  feed-forward width   W  attention window           N   negatives
     V  item-table rows: items are 1..V-1, row 0 is padding
     M  positions of a batch that have a target (no padding)
+    S  tokens of a row: the T actions and, where asked, profile and time tokens (reclm/inputs.py); else T
 
 Sequences are padded on the right. With causal attention no real position ever sees the padding, so
 the fast causal kernel needs no padding mask, and padded positions are dropped before the loss.
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from reclm.config import LossConfig, ModelConfig
 from reclm.dropout import Dropout
 from reclm.hstu import HSTUBlock
-from reclm.intervals import TimeEmbedding
+from reclm.inputs import Inputs, ItemContent, Vocabulary
 from reclm.losses import LOSSES
-from reclm.positions import PositionEmbedding
+from reclm.next_time import TimeHead
 
 
 class Context(NamedTuple):
@@ -131,24 +132,31 @@ class TransformerBlock(nn.Module):
 
 
 BLOCKS = {"llama": TransformerBlock, "hstu": HSTUBlock}
+# Weights that begin at 0.
+SILENT = ("gate", "position_embedding", "time_embedding", "action_embedding", "projections", "time_head")
 
 
 class SequenceRecommender(nn.Module):
     """Every use of a parameter happens inside `forward`, so DDP and its kin see all of them."""
 
-    def __init__(self, cfg: ModelConfig, loss: LossConfig, num_items: int, num_users: int):
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
-        self.cfg, self.loss, self.num_items = cfg, loss, num_items
-        self.item_embedding = nn.Embedding(num_items + 1, cfg.dim, padding_idx=0)  # V = items + pad
+        self.cfg, self.loss = cfg, loss
+        num_rows = vocabulary.num_items + 1  # V: items and padding
+        self.item_embedding = nn.Embedding(num_rows, cfg.dim, padding_idx=0)
         self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.dropout = Dropout(cfg.dropout)
-        self.position_embedding = PositionEmbedding(cfg) if cfg.position_embedding else None
-        self.time_embedding = TimeEmbedding(cfg) if cfg.time_embedding else None
+        self.inputs = Inputs(cfg, vocabulary)
         if cfg.user_embedding == "explicit":
-            self.user_embedding = nn.Embedding(num_users, cfg.dim)
-        rotary = rotary_table(cfg.max_len, cfg.dim // cfg.n_heads)
+            self.user_embedding = nn.Embedding(vocabulary.num_users, cfg.dim)
+        self.content = ItemContent(cfg, vocabulary.features) if vocabulary.features else None
+        self.time_head = TimeHead(cfg) if cfg.time_head else None
+        rotary = rotary_table(self.inputs.max_tokens, cfg.dim // cfg.n_heads)
         self.register_buffer("rotary", rotary, persistent=False)
+        cold = torch.zeros(num_rows, dtype=torch.bool)  # (V,): no id vector and no candidates in the loss
+        cold[torch.tensor(vocabulary.cold_items)] = True
+        self.register_buffer("cold", cold, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -162,7 +170,11 @@ class SequenceRecommender(nn.Module):
         | wo w2 (into the residual)| the same / sqrt(2 n_layers): the sum of branches stays of order 1 |
         | RMSNorm gains            | 1                                                                 |
         | gates                    | 0: each half open                                                 |
-        | position, time embedding | 0: without a say                                                  |
+        | position, time, action   | 0: without a say                                                  |
+        | content of items         | 0: without a say                                                  |
+        | profile and time tokens  | as items                                                          |
+        | items held out           | 0, and stay so                                                    |
+        | next-time head           | weights 0: the same mixture for all; see reclm/next_time.py       |
         """
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
@@ -170,41 +182,45 @@ class SequenceRecommender(nn.Module):
             std = weight.shape[1] ** -0.5
             if name.endswith(("wo.weight", "w2.weight")):
                 std /= (2 * self.cfg.n_layers) ** 0.5
-            if any(part in name for part in ("gate", "position_embedding", "time_embedding")):
+            if any(part in name for part in SILENT):
                 std = 0.0
             nn.init.normal_(weight, std=std)
         self.item_embedding.weight[0] = 0.0
+        self.item_embedding.weight[self.cold] = 0.0
 
-    def encode(self, batch: dict[str, Tensor], last_only: bool = False) -> Tensor:
+    def encode(
+        self, batch: dict[str, Tensor], last_only: bool = False, table: Tensor | None = None
+    ) -> Tensor:
         """item_ids (B, T) -> the user's embedding after each action, (B, T, D), in float32; with
-        `last_only` after the last one, (B, 1, D): the top block then works for one query a sequence."""
-        x = self.item_embedding(batch["item_ids"])  # (B, T, D)
-        if self.cfg.scores == "cosine":
-            x = F.normalize(x, dim=-1)
-        for extra in (self.position_embedding, self.time_embedding):
-            if extra is not None:
-                x = x + extra(batch)
+        `last_only` after the last one, (B, 1, D): the top block then works for one query a sequence.
+        `table`: the item table, where it has been computed already."""
+        table = self.item_table() if table is None else table
+        row = self.inputs.lay_out(batch)
+        x = self.inputs(row, table)  # (B, S, D)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
-        contexts = [self.context(batch)] * len(self.layers)
+        contexts = [self.context(row)] * len(self.layers)
         if last_only:
-            contexts[-1] = self.context(batch, batch["lengths"] - 1)
+            last = row["queries"].gather(1, batch["lengths"][:, None] - 1)[:, 0]  # (B,)
+            contexts[-1] = self.context(row, last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             for layer, ctx in zip(self.layers, contexts, strict=True):
                 x = layer(x, ctx)
-        hidden = self.norm(x.float())  # (B, T, D)
+        hidden = self.norm(x.float())  # (B, S, D)
+        if hidden.shape[1] != row["queries"].shape[1] and not last_only:
+            hidden = hidden.gather(1, row["queries"][..., None].expand(-1, -1, self.cfg.dim))  # (B, T, D)
         if self.cfg.user_embedding == "explicit":  # SASRec (arXiv 1808.09781), section III.E
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         if self.cfg.scores == "cosine":
             return F.normalize(hidden, dim=-1) / self.cfg.temperature
         return hidden
 
-    def context(self, batch: dict[str, Tensor], last: Tensor | None = None) -> Context:
-        """What the blocks need for these sequences, or for their last positions (B,) alone."""
-        length = batch["item_ids"].shape[1]
+    def context(self, row: dict[str, Tensor], last: Tensor | None = None) -> Context:
+        """What the blocks need for these rows, or for one position (B,) of each alone."""
+        length = row["token_ids"].shape[1]
         window = self.cfg.window or length
         rotary = self.rotary[:length]
-        times = batch.get("timestamps")
-        query_times = batch.get("next_timestamps") if self.cfg.request_time else times
+        times = row.get("timestamps")
+        query_times = row.get("next_timestamps") if self.cfg.request_time else times
         if last is None and window >= length:
             return Context(rotary, rotary, None, None, times, query_times)
         keys = torch.arange(length, device=rotary.device)
@@ -218,30 +234,36 @@ class SequenceRecommender(nn.Module):
         return Context(rotary, rotary[last][:, None, None], mask[:, None, None], last, times, query_times)
 
     def item_table(self) -> Tensor:
-        """(V, D): the MF layer's item factors, shared with the input embedding."""
+        """(V, D): the MF layer's item factors, shared with the input embedding. In training compute it once
+        a step: a part of the ids may be dropped at random."""
         table = self.item_embedding.weight
+        if self.content is not None:
+            table = self.content(table)
         return F.normalize(table, dim=-1) if self.cfg.scores == "cosine" else table
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """With "targets" in the batch: the SUM of the loss over its M targets, a scalar.
         Without: float32 scores (B, V) of all items after the last action of each sequence."""
+        table = self.item_table()
         if "targets" not in batch:
-            return self.encode(batch, last_only=True)[:, 0] @ self.item_table().T
-        hidden = self.encode(batch)  # (B, T, D)
+            return self.encode(batch, True, table)[:, 0] @ table.T
+        hidden = self.encode(batch, table=table)  # (B, T, D)
         valid = batch["targets"] != 0  # (B, T)
-        targets = batch["targets"][valid]  # (M,)
-        return LOSSES[self.loss.loss](
-            hidden[valid], self.item_table(), targets, *self.negatives(batch, valid, targets),
-            t=self.loss.gbce_t,
-        )  # fmt: skip
+        hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
+        loss = LOSSES[self.loss.loss](
+            hidden, table, targets, *self.negatives(batch, valid, targets), t=self.loss.gbce_t
+        )
+        if self.time_head is not None:
+            gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
+            loss = loss + self.loss.time_weight * self.time_head(hidden, gaps).sum()
+        return loss
 
     def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:
         """(negatives, excluded), as the losses want them (reclm/losses.py)."""
         owner = valid.nonzero()[:, 0]  # (M,): the sequence of each position
         seen = None
         if "seen_items" in batch:
-            seen = torch.zeros(len(valid), self.num_items + 1, dtype=torch.bool, device=valid.device)
-            seen.scatter_(1, batch["seen_items"], True)  # (B, V)
+            seen = self.cold.repeat(len(valid), 1).scatter_(1, batch["seen_items"], True)  # (B, V)
         if self.loss.loss == "softmax":
             return None, None if seen is None else (seen, owner)
         negatives = batch["negatives"]

@@ -16,11 +16,12 @@ import torch
 from reclm import dist
 from reclm.errors import UserError
 
-VERSION = 3  # raise it when the same file would mean another model, or another step of the optimizer
+VERSION = 4  # raise it when the same file would mean another model, or another step of the optimizer
 
 # The trajectory of the weights depends on these; a resumed run may change anything else.
 TRAJECTORY = [
-    "loss", "num_negatives", "share_negatives", "exclude_history", "gbce_t", "batch_size", "lr",
+    "loss", "num_negatives", "share_negatives", "exclude_history", "negative_below", "time_weight", "gbce_t",
+    "batch_size", "lr",
     "weight_decay", "embedding_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows",
     "ema", "seed",
 ]  # fmt: skip
@@ -121,7 +122,7 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset) -> N
         raise UserError(
             f"{path} was trained on {state['dataset']} with fingerprint {state['fingerprint']}, but the "
             f"data here is {dataset.name} with fingerprint {dataset.fingerprint}: "
-            "use the same --dataset and --data_dir"
+            "use the same --dataset, --data_dir and --item_features"
         )
     try:
         model.load_state_dict(state["model"])

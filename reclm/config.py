@@ -5,6 +5,7 @@ The text under each field is its help text (`python main.py --help`).
 """
 
 import math
+import os
 import re
 from argparse import ArgumentError
 from argparse import ArgumentParser as ArgumentParserOfPython
@@ -40,10 +41,22 @@ class ModelConfig:
     """hstu: attention is divided by the number of positions attended to, or always by max_len"""
     position_embedding: bool = False
     """add to each item's embedding one of the number of actions before it (reclm/positions.py)"""
-    time_embedding: bool = False
-    """add to each item's embedding one of the time since the action before (reclm/intervals.py)"""
+    profile_tokens: bool = False
+    """begin each row with tokens of the user's profile: gender, age, ... (reclm/inputs.py)"""
+    time_tokens: Literal["none", "tokens", "embedding"] = "none"
+    """the time since the action before: a token of its own, with hour and weekday where a session begins, or
+    an embedding added to the item's (reclm/intervals.py)"""
+    action_embedding: bool = False
+    """add to each item's embedding one of the rating it was given"""
+    item_features: str | None = None
+    """know items by content, too: a comma-separated list of genres, year, title (of the item table) and paths
+    of .npy or .safetensors files with one row an item"""
+    id_dropout: float = 0.0
+    """share of the items that go without their id in a training step: content learns to stand alone"""
+    time_head: bool = False
+    """learn the distribution of the time to the next action as well (reclm/next_time.py)"""
     request_time: bool = False
-    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_embedding; name it
+    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_tokens; name it
     beside every number"""
     gated_residuals: bool = False
     """llama: a learned gate on each residual branch (LiGR, arXiv 2502.03417)"""
@@ -64,6 +77,11 @@ class ModelConfig:
         positive(self, "max_len", "dim", "n_layers", "n_heads", "temperature", "norm_eps")
         not_negative(self, "n_kv_heads", "hidden_dim", "window")
         probability(self, "dropout")
+        probability(self, "id_dropout")
+        if self.id_dropout and not self.item_features:
+            raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: leave it out")
+        if self.time_head and self.request_time:
+            raise UserError("--request_time=true tells what --time_head=true is to predict: drop one")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
             raise UserError(f"--dim={self.dim} must split into --n_heads={self.n_heads} heads of even width")
         if self.n_heads % self.kv_heads:
@@ -91,12 +109,19 @@ class DataConfig:
     """drop items with fewer interactions (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
     shuffle_ties: int = 0
     """seed: actions of the same user and second in a random order; 0 = in the order of the file"""
+    cold_items: float = 0.0
+    """share of the items to keep out of training and to be the test items, for a cold-start evaluation"""
     unordered_ok: bool = False
     """accept ml-1m-m1 without ratings.dat, although its lists are not in order of time"""
 
     def __post_init__(self):
         positive(self, "min_item_count")
         not_negative(self, "shuffle_ties")
+        probability(self, "cold_items")
+
+    @property
+    def folder(self) -> str:
+        return self.data_dir or os.environ.get("RECLM_DATA") or "data"
 
 
 @dataclass
@@ -112,11 +137,15 @@ class LossConfig:
     exclude_history: bool = True
     """compare with no item of the user's training history, as none is ranked either; false = only the
     target is excluded"""
+    negative_below: float | None = None
+    """actions with a lower rating are negative feedback: seen in the history, never a target of the loss"""
+    time_weight: float = 0.1
+    """of the next-time loss, with time_head"""
     gbce_t: float = 0.75
     """calibration of gbce: 0 = plain BCE, 1 = fully calibrated"""
 
     def __post_init__(self):
-        positive(self, "num_negatives")
+        positive(self, "num_negatives", "time_weight")
         probability(self, "gbce_t", closed=True)
 
 
@@ -224,7 +253,9 @@ NEEDS = {
     "hidden_dim": {"model_name": ("llama",)},
     "attention_norm": {"model_name": ("hstu",)},
     "gated_residuals": {"model_name": ("llama",)},
-    "request_time": {"model_name": ("hstu",), "time_embedding": (True,)},
+    "request_time": {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")},
+    "cold_items": {"exclude_history": (True,)},
+    "time_weight": {"time_head": (True,)},
     "num_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
     "share_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
     "gbce_t": {"loss": ("gbce",)},
@@ -247,6 +278,8 @@ def build_config(values: dict) -> Config:
         ):
             with_others = " ".join(f"--{other}={flat[other]}" for other in others)
             raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
+    if cfg.data.cold_items and not cfg.loss.share_negatives:
+        raise UserError("--cold_items keeps items out of the loss, --share_negatives=false cannot: drop one")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
         raise UserError(
             "--filter_seen=false ranks the items of the history, but the loss leaves them out: "

@@ -55,7 +55,7 @@ class RelativeBias(nn.Module):
     def forward(self, age: Tensor, passed: Tensor | None) -> Tensor:
         """age (1 or b, r, t): positions from key to query; passed (b, r, t): seconds, or None where the
         data have no timestamps -> (b, r, t)."""
-        bias = Lookup.apply(self.position, age.clamp(min=0))
+        bias = Lookup.apply(self.position, age.clamp(0, len(self.position) - 1))
         if passed is None:
             return bias + 0 * self.time[0]  # so that every parameter has a gradient, as DDP wants
         return bias + Lookup.apply(self.time, log_buckets(passed))
@@ -124,7 +124,7 @@ class HSTUBlock(nn.Module):
         age = asked[:, :, None] - torch.arange(k.shape[2], device=k.device)  # (1 or b, r, t)
         passed = None if times is None else query_times[:, :, None] - times[:, None]  # (b, r, t)
         scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)
-        seen = (age >= 0) & (age < (self.cfg.window or self.cfg.max_len))  # (1 or b, r, t)
+        seen = (age >= 0) & (age < (self.cfg.window or k.shape[2]))  # (1 or b, r, t)
         if self.cfg.attention_norm == "length":
             count = seen.sum(-1, keepdim=True)[:, None]  # (1 or b, 1, r, 1)
         else:

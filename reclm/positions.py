@@ -1,6 +1,5 @@
 """How far a user's history has come."""
 
-import torch
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
@@ -18,8 +17,6 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(NUM_BUCKETS, cfg.dim)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """num_before (B,), and T from item_ids (B, T) -> (B, T, D)"""
-        column = torch.arange(batch["item_ids"].shape[1], device=batch["num_before"].device)
-        before = batch["num_before"][:, None] + column  # (B, T)
+    def forward(self, before: Tensor) -> Tensor:
+        """Number of the user's actions before each token (B, S) -> (B, S, D)"""
         return self.embedding(before.float().log1p().div(BUCKET_WIDTH).int().clamp(max=NUM_BUCKETS - 1))

@@ -118,9 +118,9 @@ def dump_config(cfg: Config) -> str:
 def describe_data(dataset, cfg: ModelConfig) -> str:
     """What is trained on, and what the model gets to know of it. Raises UserError."""
     notes = list(dataset.notes)
-    for name in ("request_time", "time_embedding"):
-        if getattr(cfg, name) and not len(dataset.timestamps):
-            raise UserError(f"--{name}=true, but {dataset.name} has no timestamps: leave it out")
+    for name in ("request_time", "time_tokens", "time_head"):
+        if getattr(cfg, name) not in (False, "none") and not len(dataset.timestamps):
+            raise UserError(f"--{name} needs timestamps, but {dataset.name} has none: leave it out")
     if cfg.request_time:
         notes.append("the model knows the time of the item to predict (--request_time=true)")
     if cfg.model_name == "hstu" and not len(dataset.timestamps):
@@ -189,7 +189,18 @@ def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
     rows.append("K".rjust(8) + "".join(f"{k:>9}" for k in CUTOFFS))
     for name in ("HR", "NDCG"):
         rows.append(f"{name}@K".rjust(8) + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in CUTOFFS))
-    return "\n".join([*rows, "MRR".rjust(8) + f"{metrics['MRR']:9.4f}"])
+    rows.append("MRR".rjust(8) + f"{metrics['MRR']:9.4f}")
+    if "liked/users" in metrics:
+        rows.append(
+            f"the {metrics['liked/users']:,} users whose item is no negative feedback: "
+            f"HR@10 {metrics['liked/HR@10']:.4f}  NDCG@10 {metrics['liked/NDCG@10']:.4f}"
+        )
+    if "time_NLL" in metrics:
+        rows.append("log(1 + seconds) to it:        NLL      MAE")
+        for what, key in (("model", ""), ("last gap", "_last_gap"), ("user's mean", "_user_mean")):
+            values = (metrics[f"{name}{key}"] for name in ("time_NLL", "time_MAE"))
+            rows.append(what.rjust(22) + "  " + "".join(f"{value:9.4f}" for value in values))
+    return "\n".join(rows)
 
 
 def describe_files(out_dir: Path) -> str:

@@ -39,6 +39,7 @@ from evaluate import evaluate
 from model import SequenceRecommender
 from reclm import dist, hstu, runs
 from reclm.config import LossConfig, ModelConfig, build_config
+from reclm.inputs import Vocabulary
 from reclm.losses import softmax
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
@@ -301,7 +302,7 @@ def cost_of_block(kind: str, length: int) -> tuple[float, float]:
     times = torch.arange(length).expand(shape).double() * 3600
     batch = {"item_ids": torch.randint(1, 1000, shape), "timestamps": times}
     cfg = ModelConfig(model_name=kind.split(",")[0], max_len=length, n_layers=1)
-    model = SequenceRecommender(cfg, LossConfig(), 1000, 1)
+    model = SequenceRecommender(cfg, LossConfig(), Vocabulary(1000, 1))
     before = peak_resident()
     milliseconds = 1e3 * seconds(lambda: model.encode(batch).sum().backward(), 3)
     return milliseconds, peak_resident() - before

@@ -10,6 +10,7 @@ import pytest
 from model import SequenceRecommender
 from reclm.config import SECTIONS, Config, ModelConfig, build_config, parse_args
 from reclm.errors import UserError
+from reclm.inputs import Vocabulary
 from reclm.runs import dump_config
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +212,7 @@ def test_recipes_load_and_say_how_to_run_them(path):
     assert f"--config=configs/{path.name}" in header
     said = parse_args([f"--config={path}"])
     cfg = build_config(said)
-    model = SequenceRecommender(cfg.model, cfg.loss, 50, 10)
+    model = SequenceRecommender(cfg.model, cfg.loss, Vocabulary(50, 10))
     assert model.item_table().shape == (51, cfg.model.dim)
 
 
@@ -236,7 +237,7 @@ def test_there_are_recipes():
         ["--scores=dot", "--temperature=0.1"],
         ["--schedule=constant", "--lr_min=0.2"],
         ["--model_name=hstu", "--gated_residuals=true"],
-        ["--model_name=llama --time_embedding=False", "--request_time=true"],
+        ["--model_name=llama --time_tokens=none", "--request_time=true"],
     ],
 )
 def test_a_switch_without_effect_is_refused(flags):
@@ -245,7 +246,7 @@ def test_a_switch_without_effect_is_refused(flags):
         build_config(parse_args([*flags[0].split(), flags[1]]))
 
 
-@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_embedding=true"])
+@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_tokens=embedding"])
 def test_one_of_two_switches_gives_another_its_effect(useful):
     assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
 

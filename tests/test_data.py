@@ -287,7 +287,7 @@ def test_pad_to_max_len(tiny_dataset):
 def model_for(dataset, loss, max_len=20):
     torch.manual_seed(0)
     cfg = ModelConfig(dim=16, max_len=max_len, n_layers=1, dropout=0.0)
-    return SequenceRecommender(cfg, loss, dataset.num_items, dataset.num_users)
+    return SequenceRecommender(cfg, loss, dataset.vocabulary)
 
 
 NEGATIVES = [{}, {"exclude_history": False}, {"share_negatives": False}]

@@ -21,7 +21,7 @@ from reclm.optim import build_optimizer, learning_rate
 def build(dataset, seed=0, loss="softmax", **changes):
     torch.manual_seed(seed)
     cfg = ModelConfig(**{"dim": 16, "max_len": 10, "n_layers": 1, "dropout": 0.1} | changes)
-    return SequenceRecommender(cfg, LossConfig(loss=loss), dataset.num_items, dataset.num_users)
+    return SequenceRecommender(cfg, LossConfig(loss=loss), dataset.vocabulary)
 
 
 def histories(dataset, split):

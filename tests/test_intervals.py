@@ -17,15 +17,15 @@ def test_buckets_by_hand():
 
 
 def with_times_that_count(**changes):
-    model = build(time_embedding=True, **changes)
-    for weight in model.time_embedding.parameters():
+    model = build(time_tokens="embedding", **changes)
+    for weight in model.inputs.time_embedding.parameters():
         torch.nn.init.normal_(weight)
     return model
 
 
 @pytest.mark.parametrize("request_time", [False, True])
 def test_each_action_gets_the_vectors_of_its_intervals(request_time):
-    module = with_times_that_count(request_time=request_time).time_embedding
+    module = with_times_that_count(request_time=request_time).inputs.time_embedding
     times = torch.tensor([[100.0, 100.0, 103.0]], dtype=torch.float64)
     got = module({"timestamps": times, "next_timestamps": torch.tensor([[100.0, 103.0, 1e6]])})
     since, until = [0.0, 0.0, 3.0], [0.0, 3.0, 1e6 - 103]
@@ -48,5 +48,5 @@ def test_request_time_reaches_the_scores_only_when_asked_for():
 def test_a_fresh_model_does_not_listen_to_the_clock():
     batch = random_batch()
     other = batch | {"timestamps": batch["timestamps"] * 0.3}
-    model = build(time_embedding=True)
+    model = build(time_tokens="embedding")
     assert torch.equal(model(batch), model(other))

@@ -17,11 +17,15 @@ from model import (
     rotate,
 )
 from reclm.config import LossConfig, ModelConfig, TrainConfig
+from reclm.inputs import Vocabulary
 from reclm.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 ITEMS, USERS = 40, 9
-TIMED = {"position_embedding": True, "gated_residuals": True, "time_embedding": True, "request_time": True}
+TIMED = {"gated_residuals": True, "position_embedding": True} | {
+    "time_tokens": "embedding",
+    "request_time": True,
+}
 HSTU = {"model_name": "hstu"}  # its own equations: test_hstu.py
 
 
@@ -31,7 +35,7 @@ def config(**changes):
 
 def build(seed=0, loss="bce", num_items=ITEMS, **changes):
     torch.manual_seed(seed)
-    return SequenceRecommender(config(**changes), LossConfig(loss=loss), num_items, USERS).eval()
+    return SequenceRecommender(config(**changes), LossConfig(loss=loss), Vocabulary(num_items, USERS)).eval()
 
 
 def random_batch(seed=0, rows=5, width=12):
@@ -51,7 +55,7 @@ def random_batch(seed=0, rows=5, width=12):
 
 
 def full_batch(length):
-    return {"item_ids": torch.ones(1, length, dtype=torch.long)}
+    return {"token_ids": torch.ones(1, length, dtype=torch.long)}
 
 
 def context(cfg, length, window=0):

@@ -7,13 +7,14 @@ import torch
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig, TrainConfig
+from reclm.inputs import Vocabulary
 from reclm.optim import build_optimizer, learning_rate, update_average
 
 
 @pytest.fixture
 def model():
     cfg = ModelConfig(dim=16, max_len=8, n_layers=2, user_embedding="explicit")
-    return SequenceRecommender(cfg, LossConfig(), 10, 5)
+    return SequenceRecommender(cfg, LossConfig(), Vocabulary(10, 5))
 
 
 def test_matrices_and_embeddings_decay_and_norms_never(model):

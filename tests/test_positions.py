@@ -13,7 +13,7 @@ from reclm.positions import NUM_BUCKETS, PositionEmbedding
 
 def test_each_action_gets_the_vector_of_its_number():
     module = PositionEmbedding(ModelConfig())
-    got = module({"item_ids": torch.ones(2, 3, dtype=torch.long), "num_before": torch.tensor([0, 10**6])})
+    got = module(torch.tensor([[0], [10**6]]) + torch.arange(3))
     for column in range(3):
         bucket = int(math.log(1 + column) / 0.1)
         assert torch.equal(got[0, column], module.embedding.weight[bucket])
@@ -48,5 +48,5 @@ def test_it_reaches_the_scores():
     model = build(position_embedding=True)
     later = batch | {"num_before": batch["num_before"] + 50}
     assert torch.equal(model(batch), model(later))  # 0 at first
-    torch.nn.init.normal_(model.position_embedding.embedding.weight)
+    torch.nn.init.normal_(model.inputs.position_embedding.embedding.weight)
     assert not torch.equal(model(batch), model(later))

@@ -1,0 +1,178 @@
+"""What is known of users and items beside their ids: side tables and matrices, as arrays.
+
+A code is a number from 1 on for a value or a word, 0 for "unknown" or "no more words"."""
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reclm.config import Config
+from reclm.errors import UserError
+
+AGE_BANDS = (18, 25, 35, 45, 50, 56)  # where MovieLens-1M's begin
+WORDS = ("genres", "year", "title")  # what --item_features knows of the item table
+MAX_LEVELS = 100  # kinds of feedback
+
+
+def choose_inputs(dataset, cfg: Config):
+    """The dataset with what this run tells the model beside items and times, and what is no target of the
+    loss. Its fingerprint covers what the weights depend on. Raises UserError where the data lack it."""
+    chosen, notes, told = {}, list(dataset.notes), []
+    if cfg.model.profile_tokens:
+        if not dataset.profiles.shape[1]:
+            raise UserError(f"--profile_tokens needs a user table, but {dataset.name} has none: leave it out")
+        chosen["profile_sizes"] = tuple(int(size) for size in dataset.profiles.max(0) + 1)
+        told.append(dataset.profiles)
+        notes += note_unknown(dataset.profiles, "users", "row in the user table")
+    if cfg.model.item_features:
+        chosen["features"] = load_features(cfg.model.item_features, dataset)
+        for name, rows in chosen["features"].items():
+            told.append(rows)
+            notes += note_unknown(rows, "items", name)
+    if cfg.model.action_embedding:
+        chosen["actions"] = rating_levels(ratings_for("action_embedding", dataset))
+        told.append(chosen["actions"])
+    if cfg.loss.negative_below is not None:
+        chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
+        share = chosen["negative"].mean()
+        notes.append(f"{share:.1%} of the actions are negative feedback: seen, never a target of the loss")
+    fingerprint = dataset.fingerprint
+    if told:
+        fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in told)).hexdigest()[:8]
+    return replace(dataset, notes=notes, fingerprint=fingerprint, **chosen)
+
+
+def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
+    count = int((rows == 0).all(1).sum())
+    return [f"{count:,} {whose} have no {what}: unknown"] if count else []
+
+
+def ratings_for(flag: str, dataset) -> np.ndarray:
+    if not len(dataset.ratings):
+        raise UserError(f"--{flag} needs ratings, but {dataset.name} has none: leave it out")
+    return dataset.ratings
+
+
+def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> np.ndarray:
+    """(U, P): for each user a code of each column of the user table; an age counts by its band, a zip code
+    by its region, the first character. Users without a row have 0 everywhere."""
+    if table is None:
+        return np.zeros((len(users), 0), dtype=np.int64)
+    rows = table.drop_duplicates("user").set_index("user").reindex(users)
+    if "age" in rows:
+        ages = pd.to_numeric(rows["age"], errors="coerce")
+        rows["age"] = pd.Series(np.digitize(ages, AGE_BANDS), rows.index).where(ages.notna())
+    if "zip" in rows:
+        rows["zip"] = rows["zip"].str[:1]
+    codes = [pd.factorize(rows[name].replace("", None), sort=True)[0] + 1 for name in rows]
+    return np.stack(codes, axis=1).astype(np.int64)
+
+
+def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:
+    """{"genres" | "year" | "title": (V - 1, K)}: the codes of each item's words, 0 behind the last. A year is
+    two words, itself and its decade; a word of a title counts if another title has it, too."""
+    empty = np.zeros((len(items), 0), dtype=np.int64)
+    found = dict.fromkeys(WORDS, empty)
+    if table is None:
+        return found
+    rows = table.drop_duplicates("item").set_index("item").reindex(items)
+    if "genres" in rows:
+        found["genres"] = number_words([text.split("|") for text in rows["genres"].fillna("")])
+    if "title" in rows:
+        titles = rows["title"].fillna("")
+        years = titles.str.extract(r"\((\d{4})\)\s*$")[0].fillna("")
+        found["year"] = number_words([[year, f"{year[:3]}0s"] if year else [] for year in years])
+        words = [set(re.findall(r"\w+", re.sub(r"\(\d{4}\)\s*$", "", text.lower()))) for text in titles]
+        count = Counter(word for title in words for word in title)
+        found["title"] = number_words([sorted(w for w in title if count[w] > 1) for title in words])
+    return found
+
+
+def number_words(lists: list[list[str]]) -> np.ndarray:
+    """Lists of words -> their codes, in the order of the sorted words, padded with 0: (len(lists), K)."""
+    words = sorted({word for words in lists for word in words if word})
+    code = {word: i + 1 for i, word in enumerate(words)}
+    codes = np.zeros((len(lists), max(map(len, lists))), dtype=np.int64)
+    for row, words in zip(codes, lists, strict=True):
+        row[: len(words)] = [code.get(word, 0) for word in words]
+    return codes
+
+
+def rating_levels(ratings: np.ndarray) -> np.ndarray:
+    """(rows,) int64: 1 for the lowest rating that occurs, and so on. Raises UserError."""
+    values, levels = np.unique(ratings, return_inverse=True)
+    if len(values) > MAX_LEVELS:
+        raise UserError(
+            f"--action_embedding=true, but the column rating has {len(values):,} different values, more than "
+            f"{MAX_LEVELS}: round them"
+        )
+    return levels + 1
+
+
+def load_features(spec: str, dataset) -> dict[str, np.ndarray]:
+    """--item_features -> {name: codes (V - 1, K) int64, or vectors (V - 1, F) float32}, a row an item, in
+    the order of dataset.items. Raises UserError."""
+    found = {}
+    for part in spec.split(","):
+        if part in WORDS:
+            if not dataset.words[part].any():
+                raise UserError(
+                    f"--item_features={part}, but {dataset.name} has no {part} of its items: leave it out"
+                )
+            new = {part: dataset.words[part]}
+        else:
+            new = {name: check_vectors(part, v, dataset) for name, v in read_matrices(Path(part)).items()}
+        if twice := found.keys() & new.keys():
+            raise UserError(f"--item_features={spec} has {min(twice)} twice: rename one")
+        found |= new
+    return found
+
+
+def read_matrices(path: Path) -> dict[str, np.ndarray]:
+    """The array of a .npy file under the name of the file, or all tensors of a .safetensors file."""
+    if path.suffix not in (".npy", ".safetensors") or not path.is_file():
+        raise UserError(
+            f"--item_features has {str(path)!r}, which is neither one of {', '.join(WORDS)} nor an existing "
+            ".npy or .safetensors file"
+        )
+    try:
+        if path.suffix == ".npy":
+            return {path.stem.replace(".", "_"): np.load(path, allow_pickle=False)}
+        from safetensors.numpy import load_file
+
+        return {name.replace(".", "_"): array for name, array in load_file(path).items()}
+    except ImportError:
+        raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
+    except Exception as error:  # damaged bytes raise nearly anything
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path} is truncated or no matrix of numbers ({reason}): write it again") from None
+
+
+def check_vectors(path: str, vectors: np.ndarray, dataset) -> np.ndarray:
+    """Rows of length 1 around their mean, float32; a row of zeros is an item of which nothing is known, and
+    stays so. Raises UserError where the matrix does not fit the items."""
+    if vectors.ndim != 2 or vectors.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path} has shape {vectors.shape} of {vectors.dtype}, expected numbers in 2 dimensions: "
+            "one row an item"
+        )
+    if len(vectors) != dataset.num_items:
+        raise UserError(
+            f"{path} has {len(vectors):,} rows, but {dataset.name} has {dataset.num_items:,} items: one row "
+            "an item is needed, in the order of ids; make it with the same --dataset and --min_item_count"
+        )
+    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(bad):
+        raise UserError(
+            f"{path} is not finite in {len(bad):,} rows, the first is row {bad[0]}, item "
+            f"{dataset.items[bad[0]]}: use zeros for an item without features"
+        )
+    vectors = vectors.astype(np.float32)
+    known = vectors.any(1, keepdims=True)
+    vectors = (vectors - vectors.mean(0, where=known)) * known if known.any() else vectors
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)

