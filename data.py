@@ -299,7 +299,7 @@ class TrainBatches:
         batch = histories(self.dataset, users, starts, lengths, width)
         batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
         if len(self.dataset.negative):
-            batch["targets"][pad(self.dataset.negative, starts + 1, lengths, width)] = 0
+            batch["targets"] *= pad(~self.dataset.negative, starts + 1, lengths, width)
         if self.loss.loss != "softmax":
             batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
         if self.loss.exclude_history and self.loss.share_negatives:

@@ -150,11 +150,12 @@ def _find_own_file(file: Path) -> Source:
             f"unknown data set {str(file)!r}: neither one of {', '.join(KNOWN)} "
             "nor an existing .csv, .tsv or .parquet file"
         )
+    files = (file, *_existing(file.parent, (f"{file.stem}.users.csv", f"{file.stem}.items.csv")))
     if "timestamp" in wanted_columns(file):
-        return Source(file.stem, "own file, stable sort by time, leave-one-out", (file,), reader)
+        return Source(file.stem, "own file, stable sort by time, leave-one-out", files, reader)
     protocol = "own file, file order taken as time order, leave-one-out"
     note = f"{file} has no column timestamp: the order of its rows is taken as the order in time"
-    return Source(file.stem, protocol, (file,), reader, (note,))
+    return Source(file.stem, protocol, files, reader, (note,))
 
 
 def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:

@@ -38,8 +38,8 @@ class RawData:
     """What a reader returns; ids are the original ones (int64 or str)."""
 
     interactions: pd.DataFrame  # user, item[, rating][, timestamp in seconds]; rows in file order
-    users: pd.DataFrame | None = None  # user, gender, age, occupation, zip
-    items: pd.DataFrame | None = None  # item, title, genres ("Action|Comedy")
+    users: pd.DataFrame | None = None  # user, and any columns: gender, age, occupation, zip
+    items: pd.DataFrame | None = None  # item, title ("Toy Story (1995)"), genres ("Action|Comedy")
 
 
 def _read_grouplens_1m(files: tuple[Path, ...]) -> RawData:
@@ -145,7 +145,8 @@ def _read_csv(files: tuple[Path, ...]) -> RawData:
     file, quoting, text = files[0], csv.QUOTE_MINIMAL, {"user": str, "item": str}
     wanted = wanted_columns(file)
     sep = _separator(file)
-    return RawData(_read_text(file, sep, quoting=quoting, header=0, usecols=wanted, dtype=text))
+    table = _read_text(file, sep, quoting=quoting, header=0, usecols=wanted, dtype=text)
+    return RawData(table, *_read_side_tables(files))
 
 
 def _read_parquet(files: tuple[Path, ...]) -> RawData:
@@ -156,7 +157,25 @@ def _read_parquet(files: tuple[Path, ...]) -> RawData:
     for column in table.select_dtypes("category"):
         table[column] = table[column].astype(table[column].cat.categories.dtype)
     _check_values(table, lambda row: f"{files[0]}, row {row + 1}", text_ids=True)
-    return RawData(table)
+    return RawData(table, *_read_side_tables(files))
+
+
+def _read_side_tables(files: tuple[Path, ...]) -> list[pd.DataFrame | None]:
+    """NAME.users.csv and NAME.items.csv where they are among the files, all columns as text."""
+    tables = []
+    for column in IDS:
+        file = next((file for file in files if file.name.endswith(f".{column}s.csv")), None)
+        if file is None:
+            tables.append(None)
+            continue
+        header = _csv_header(file)
+        if column not in header or len(header) < 2 or len(set(header)) < len(header):
+            raise UserError(
+                f"{file} needs the column {column} and others, each once; it has: {', '.join(header)}"
+            )
+        text = dict.fromkeys(header, str)
+        tables.append(_read_text(file, ",", quoting=csv.QUOTE_MINIMAL, header=0, dtype=text))
+    return tables
 
 
 READERS: dict[str, Callable[[tuple[Path, ...]], RawData]] = {
@@ -253,7 +272,7 @@ def _read_text(
         line, _ = next(islice(_records(file, sep, encoding, quoting), record, None))
         return f"{file}, line {line}"
 
-    _check_values(table, place, text_ids="user" in options["dtype"])
+    _check_values(table, place, text_ids=not options["dtype"].keys().isdisjoint(IDS))
     return table
 
 
