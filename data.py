@@ -253,6 +253,8 @@ class TrainBatches:
         is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
         before = np.concatenate([[0], np.cumsum(is_target)])
         self.num_tokens = int((before[ends] - before[ends - self.lengths]).sum())  # targets in an epoch
+        if not self.num_tokens:
+            raise UserError("nothing is left to train on: use a lower --negative_below")
         self.sampler = NegativeSampler(dataset, loss)
 
     def __len__(self) -> int:

@@ -184,7 +184,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
         progress.num_targets += num_targets
         tokens += num_targets
         speed = tokens / (time.time() - begin)
-        run.logger.step(total / num_targets, speed)
+        run.logger.step(total / max(num_targets, 1), speed)
         if stopping:
             stop_early(run)
     return {
@@ -208,7 +208,7 @@ def accumulate_gradients(run: Trainer, micro_batches: list[dict[str, Tensor]], n
             loss = run.parallel(batch)
             # DDP averages gradients over ranks; the factor turns that into the sum over all targets
             # divided by their number, which does not depend on how they lie on the ranks.
-            (loss * (dist.world_size() / num_targets)).backward()
+            (loss * (dist.world_size() / max(num_targets, 1))).backward()
         loss_sum += loss.item()
     return loss_sum
 

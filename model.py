@@ -23,7 +23,7 @@ from reclm.dropout import Dropout
 from reclm.hstu import HSTUBlock
 from reclm.inputs import Inputs, ItemContent, Vocabulary
 from reclm.losses import LOSSES
-from reclm.next_time import TimeHead
+from reclm.next_time import TimeHead, log_time
 
 
 class Context(NamedTuple):
@@ -255,7 +255,7 @@ class SequenceRecommender(nn.Module):
         )
         if self.time_head is not None:
             gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
-            loss = loss + self.loss.time_weight * self.time_head(hidden, gaps).sum()
+            loss = loss + self.loss.time_weight * self.time_head(hidden, log_time(gaps)).sum()
         return loss
 
     def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:

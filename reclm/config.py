@@ -147,6 +147,8 @@ class LossConfig:
     def __post_init__(self):
         positive(self, "num_negatives", "time_weight")
         probability(self, "gbce_t", closed=True)
+        if self.negative_below is not None and not math.isfinite(self.negative_below):
+            raise UserError(f"--negative_below={self.negative_below} must be a number")
 
 
 @dataclass

@@ -23,9 +23,11 @@ TIME_ERRORS = (
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def log_time(gaps: Tensor) -> Tensor:
-    """Seconds (M,) -> z (M,) float32; u is the golden ratio's sequence: even, and always the same."""
-    u = torch.arange(1, len(gaps) + 1, device=gaps.device, dtype=torch.float64) * GOLDEN % 1
+def log_time(gaps: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Seconds (M,) -> z (M,) float32. Their u are those of `numbers` (M,), else of 0, 1, ..., in the sequence
+    of the golden ratio: even, and always the same."""
+    numbers = torch.arange(len(gaps), device=gaps.device) if numbers is None else numbers
+    u = (1 + numbers.double()) * GOLDEN % 1
     return (1 + gaps.clamp(min=0) + u).log().float()
 
 
@@ -46,10 +48,10 @@ class TimeHead(nn.Module):
         weights, means, scales = self.linear(hidden).chunk(3, dim=-1)
         return weights.log_softmax(-1), means, NARROWEST + F.softplus(scales)
 
-    def forward(self, hidden: Tensor, gaps: Tensor) -> Tensor:
-        """hidden (M, D) and seconds to the next action (M,) -> -log p(z) in nats (M,)"""
+    def forward(self, hidden: Tensor, z: Tensor) -> Tensor:
+        """hidden (M, D) and z (M,) of the next action -> -log p(z) in nats (M,)"""
         weights, means, scales = self.mixture(hidden)
-        errors = (log_time(gaps)[:, None] - means) / scales  # (M, COMPONENTS)
+        errors = (z[:, None] - means) / scales  # (M, COMPONENTS)
         densities = weights - scales.log() - errors.square() / 2 - math.log(2 * math.pi) / 2
         return -densities.logsumexp(-1)
 
@@ -73,13 +75,13 @@ def time_errors(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor], spread
     last = batch["lengths"][:, None] - 1
     times = batch["timestamps"]
     gap = (batch["next_timestamps"] - times).gather(1, last)[:, 0]  # (B,)
-    z = log_time(gap)
+    z = log_time(gap, batch["user_ids"])
     known = torch.arange(times.shape[1] - 1, device=times.device) < last  # (B, T - 1)
     past = times.diff(dim=1).clamp(min=0)
     past = (1 + past + 0.5).log().float() * known  # half a second: the mean of u
     before = F.pad(past, (1, 0)).gather(1, last)[:, 0]
     mean = past.sum(1) / known.sum(1).clamp(min=1)
-    errors = {"time_NLL": head(hidden, gap), "time_MAE": (z - head.median(hidden)).abs()}
+    errors = {"time_NLL": head(hidden, z), "time_MAE": (z - head.median(hidden)).abs()}
     for name, forecast in (("last_gap", before), ("user_mean", mean)):
         error = z - torch.where(known.any(1), forecast, spread["mean"])
         normal = torch.distributions.Normal(0.0, spread[name])

