@@ -33,7 +33,7 @@ def choose_inputs(dataset, cfg: Config):
         chosen["features"] = load_features(cfg.model.item_features, dataset)
         for name, rows in chosen["features"].items():
             told.append(rows)
-            notes += note_unknown(rows, "items", name)
+            notes += note_unknown(rows, "items", f"known {name}")
     if cfg.model.action_embedding:
         chosen["actions"] = rating_levels(ratings_for("action_embedding", dataset))
         told.append(chosen["actions"])
@@ -49,7 +49,7 @@ def choose_inputs(dataset, cfg: Config):
 
 def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
     count = int((rows == 0).all(1).sum())
-    return [f"{count:,} {whose} have no {what}: unknown"] if count else []
+    return [f"{count:,} of {len(rows):,} {whose} have no {what}"] if count else []
 
 
 def ratings_for(flag: str, dataset) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_rows
-from launch import TINY, here, read_json, torchrun, write_csv
+from launch import TINY, here, read_json, read_rows, torchrun, write_csv
 from test_main import assert_same_run, stop_after
 from test_model import build as build_model
 from test_model import random_batch
@@ -220,7 +220,7 @@ def test_fields_of_a_batch(rated):
         length = batch["lengths"][row]
         end = dataset.offsets[user + 1] - 1
         assert batch["actions"][row, :length].tolist() == dataset.ratings[end - length : end].tolist()
-    assert any("1 users have no row in the user table" in note for note in dataset.notes)
+    assert any("1 of 60 users have no row in the user table" in note for note in dataset.notes)
     plain = next(eval_batches(chosen(rated), "test", 10, 4))
     assert "profiles" not in plain and "actions" not in plain
 
@@ -295,3 +295,13 @@ def test_a_run_with_everything_on_resumes_to_the_same_bits(work, monkeypatch):
         assert here(*flags, "--out_dir=run", cwd=work).code == 128 + signal.SIGTERM
     here(*flags, "--out_dir=run", "--resume=auto", cwd=work).ok()
     assert_same_run(work / "run", work / "whole")
+
+
+def test_the_loss_of_an_epoch_is_a_mean_over_its_targets(work):
+    """However many steps they lie in; negative feedback does not count."""
+    flags = [*TINY, "--dataset=tiny.csv", "--negative_below=3", "--num_epochs=1", "--lr=1e-30", "--dropout=0"]
+    flags += ["--num_negatives=25", "--share_negatives=true"]  # of 25 items: the same for every step
+    for size in (5, 40):
+        here(*flags, f"--batch_size={size}", f"--out_dir={size}", cwd=work).ok()
+    (few,), (many,) = read_rows(work / "5"), read_rows(work / "40")
+    assert few["loss"] == pytest.approx(many["loss"], rel=1e-5)
