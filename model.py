@@ -195,19 +195,21 @@ class SequenceRecommender(nn.Module):
         `last_only` after the last one, (B, 1, D): the top block then works for one query a sequence.
         `table`: the item table, where it has been computed already."""
         table = self.item_table() if table is None else table
-        row = self.inputs.lay_out(batch)
+        row, queries = self.inputs.lay_out(batch)
         x = self.inputs(row, table)  # (B, S, D)
         x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
         contexts = [self.context(row)] * len(self.layers)
         if last_only:
-            last = row["queries"].gather(1, batch["lengths"][:, None] - 1)[:, 0]  # (B,)
+            last = batch["lengths"] - 1  # (B,)
+            if queries is not None:
+                last = queries.gather(1, last[:, None])[:, 0]
             contexts[-1] = self.context(row, last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             for layer, ctx in zip(self.layers, contexts, strict=True):
                 x = layer(x, ctx)
         hidden = self.norm(x.float())  # (B, S, D)
-        if hidden.shape[1] != row["queries"].shape[1] and not last_only:
-            hidden = hidden.gather(1, row["queries"][..., None].expand(-1, -1, self.cfg.dim))  # (B, T, D)
+        if queries is not None and not last_only:
+            hidden = hidden.gather(1, queries[..., None].expand(-1, -1, self.cfg.dim))  # (B, T, D)
         if self.cfg.user_embedding == "explicit":  # SASRec (arXiv 1808.09781), section III.E
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         if self.cfg.scores == "cosine":

@@ -84,15 +84,14 @@ class Inputs(nn.Module):
             x = x + self.action_embedding(row["actions"])
         return x
 
-    def lay_out(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with T actions a sequence -> the same as S tokens:
+    def lay_out(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """A batch with T actions a sequence -> the same as S tokens, and `queries`:
 
         token_ids, kinds (B, S) and, where the batch has them, actions, timestamps, next_timestamps (B, S);
-        `queries` (B, T): the position whose output predicts what follows each action."""
+        (B, T), the position whose output predicts what follows each action, None where that is its own."""
         ids = batch["item_ids"]  # (B, T)
         if self.token_embedding is None:
-            own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            return batch | {"token_ids": ids, "kinds": (ids != PADDING).long() * ITEM, "queries": own}
+            return batch | {"token_ids": ids, "kinds": (ids != PADDING).long() * ITEM}, None
         prefix, body = [], [ids[..., None]]  # each (B, n), and (B, T, n); 0 where there is no token
         if len(self.first_profile):
             prefix.append(batch["profiles"] + self.first_profile)
@@ -120,12 +119,7 @@ class Inputs(nn.Module):
         kinds = torch.full_like(slots, TIME)
         kinds[:, : len(self.first_profile)] = PROFILE
         kinds[:, width::step] = ITEM
-        query = width + (step - 1 if self.cfg.request_time else 0)
-        row = batch | {
-            "token_ids": close_up(slots),
-            "kinds": close_up(kinds),
-            "queries": positions[:, query::step],
-        }
+        row = batch | {"token_ids": close_up(slots), "kinds": close_up(kinds)}
         if "timestamps" in batch:  # a time token comes when the next action does
             first, after = batch["timestamps"][:, :1], batch["next_timestamps"]
             row["timestamps"] = by_action("timestamps", first, after)
@@ -133,7 +127,8 @@ class Inputs(nn.Module):
         if "actions" in batch:
             none = torch.zeros_like(batch["actions"])
             row["actions"] = by_action("actions", none[:, :1], none)
-        return row
+        query = width + (step - 1 if self.cfg.request_time else 0)
+        return row, positions[:, query::step]
 
     def calendar_tokens(self, times: Tensor) -> Tensor:
         """(...) seconds -> (..., 2): weekday and hour, from the first token of their range on"""

@@ -79,7 +79,7 @@ def test_rows_are_as_described(profile, time, request_time):
     inputs = Inputs(cfg, vocabulary)
     if not profile:
         del batch["profiles"]
-    row = inputs.lay_out(batch)
+    row, positions = inputs.lay_out(batch)
     longest = 0
     for b in range(len(batch["lengths"])):
         expected, queries = row_by_hand(batch, b, profile, time, request_time)
@@ -87,16 +87,15 @@ def test_rows_are_as_described(profile, time, request_time):
         got = [row[name][b, :size].tolist() for name in ("token_ids", "kinds", "timestamps", "actions")]
         assert list(zip(*got, strict=True)) == expected
         assert not row["token_ids"][b, size:].any() and (row["kinds"][b, size:] == PADDING).all()
-        assert row["queries"][b, : len(queries)].tolist() == queries
+        assert positions[b, : len(queries)].tolist() == queries
     assert row["token_ids"].shape[1] == longest <= inputs.max_tokens
 
 
 def test_what_is_off_changes_nothing():
     """With neither profile nor time tokens a row is the history, and no weight is added."""
     batch, plain = full_batch(), build_model()
-    row = plain.inputs.lay_out(batch)
-    assert torch.equal(row["token_ids"], batch["item_ids"])
-    assert torch.equal(row["queries"], torch.arange(12).expand(len(batch["lengths"]), -1))
+    row, queries = plain.inputs.lay_out(batch)
+    assert torch.equal(row["token_ids"], batch["item_ids"]) and queries is None
     assert list(plain.inputs.parameters()) == [] and plain.content is None and plain.time_head is None
     without = {k: v for k, v in batch.items() if k not in ("profiles", "actions")}
     assert torch.equal(plain(batch), plain(without))
@@ -130,6 +129,17 @@ def test_the_last_action_alone_gives_the_same_embedding(name, request_time):
     rows = torch.arange(len(batch["lengths"]))
     last = model.encode(batch)[rows, batch["lengths"] - 1]
     torch.testing.assert_close(model.encode(batch, last_only=True)[:, 0], last, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time_tokens", ["none", "tokens"])
+def test_padding_changes_nothing(time_tokens):
+    """Also where it makes as many columns as there are tokens, as in a rank's part of a batch."""
+    model, batch = told(time_tokens=time_tokens), full_batch()
+    by_column = [name for name, value in batch.items() if value.shape[1:] == (12,)]
+    hidden = model.encode(batch)
+    for more in range(1, 30):
+        wide = batch | {name: torch.nn.functional.pad(batch[name], (0, more)) for name in by_column}
+        torch.testing.assert_close(model.encode(wide)[:, :12], hidden, atol=1e-5, rtol=1e-5)
 
 
 @BLOCKS
