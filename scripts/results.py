@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR")
+SOME = (  # of runs with --negative_below or --time_head
+    "liked/NDCG@10", "liked/HR@10", "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
+    "time_MAE", "time_MAE_last_gap", "time_MAE_user_mean",
+)  # fmt: skip
 
 
 def spread(values: list[float]) -> str:
@@ -35,7 +39,7 @@ def main(folders: list[str]) -> None:
     print(f"minutes   {', '.join(format(result['seconds'] / 60, '.1f') for result in results)}")
     print(f"epoch     {', '.join(str(result['best_epoch']) for result in results)} (best on validation)")
     print(f"valid     NDCG@10 {spread([result['valid']['NDCG@10'] for result in results])}")
-    for name in METRICS:
+    for name in (*METRICS, *(name for name in SOME if name in first["test"])):
         print(f"test      {name} {spread([result['test'][name] for result in results])}")
 
 
