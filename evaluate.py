@@ -17,9 +17,10 @@ MAX_SCORES = 2**26  # scores held at once: 256 MiB in float32, whatever the size
 
 @torch.inference_mode()
 def rank_users(
-    model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig
+    model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig, among_cold: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(user ids, ranks) of this rank's users, both (users,); raises UserError on a non-finite score."""
+    """(user ids, ranks) of this rank's users, both (users,), among all items or those held out of training;
+    raises UserError on a non-finite score."""
     model.eval()
     device = next(model.parameters()).device
     batch_size = max(1, min(cfg.eval_batch_size, MAX_SCORES // (dataset.num_items + 1)))
@@ -28,8 +29,8 @@ def rank_users(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         scores = model(batch).float()  # (B, V)
         broken += batch["user_ids"][~scores.isfinite().all(1)].tolist()
-        scores[:, 0] = -torch.inf  # padding is no candidate
         target = scores.gather(1, batch["target_ids"][:, None])  # (B, 1)
+        scores[:, 0 if not among_cold else ~model.cold] = -torch.inf  # padding is no candidate
         if cfg.filter_seen:
             scores.scatter_(1, batch["seen_items"], -torch.inf)
             scores.scatter_(1, batch["target_ids"][:, None], target)  # a target is never excluded
@@ -56,6 +57,10 @@ def evaluate(model: SequenceRecommender, dataset: Dataset, split: str, cfg: Eval
         liked = ranks[torch.from_numpy(~dataset.negative[targets])]
         of_liked, count = mean_over_ranks(ranking_sums(liked), len(liked))
         metrics |= {f"liked/{name}": value for name, value in of_liked.items()} | {"liked/users": count}
+    if len(dataset.cold_items) and split == "test":  # where each target is one of them
+        _, ranks = rank_users(model, dataset, split, cfg, among_cold=True)
+        of_cold, _ = mean_over_ranks(ranking_sums(ranks), len(ranks))
+        metrics |= {f"cold/{name}": value for name, value in of_cold.items()}
     if getattr(model, "time_head", None) is not None:
         metrics |= evaluate_times(model, dataset, split, cfg)
     return metrics

@@ -195,6 +195,11 @@ def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
             f"the {metrics['liked/users']:,} users whose item is no negative feedback: "
             f"HR@10 {metrics['liked/HR@10']:.4f}  NDCG@10 {metrics['liked/NDCG@10']:.4f}"
         )
+    if "cold/HR@10" in metrics:
+        rows.append(
+            f"among the items held out of training alone: "
+            f"HR@10 {metrics['cold/HR@10']:.4f}  NDCG@10 {metrics['cold/NDCG@10']:.4f}"
+        )
     if "time_NLL" in metrics:
         rows.append("log(1 + seconds) to it:        NLL      MAE")
         for what, key in (("model", ""), ("last gap", "_last_gap"), ("user's mean", "_user_mean")):

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR")
-SOME = (  # of runs with --negative_below or --time_head
-    "liked/NDCG@10", "liked/HR@10", "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
+SOME = (  # of runs with --negative_below, --cold_items or --time_head
+    "liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10",
+    "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
     "time_MAE", "time_MAE_last_gap", "time_MAE_user_mean",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_rows, write_csv
 
 from data import TrainBatches, eval_batches, load_dataset
+from evaluate import evaluate
 from model import SequenceRecommender
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.errors import UserError
@@ -70,3 +71,19 @@ def test_too_small_a_share_is_refused(path):
         load_dataset(DataConfig(dataset=path, cold_items=0.01))
     with pytest.raises(UserError, match="--share_negatives=false cannot"):
         build_config({"cold_items": 0.1, "share_negatives": False})
+
+
+def test_ranked_among_all_and_among_themselves(path):
+    dataset = load_dataset(DataConfig(dataset=path, cold_items=0.2))
+    cfg = build_config({"dim": 8, "n_heads": 2, "num_negatives": 25})
+    torch.manual_seed(0)
+    model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
+    torch.nn.init.normal_(model.item_embedding.weight)  # as if their content told them apart
+    metrics = evaluate(model, dataset, "test", cfg.eval)
+    expected = []
+    for batch in eval_batches(dataset, "test", 200, 100):
+        for target, scores in zip(batch["target_ids"].tolist(), model(batch).tolist(), strict=True):
+            expected.append(1 / (1 + sum(scores[i] > scores[target] for i in dataset.cold_items.tolist())))
+    assert metrics["cold/MRR"] == pytest.approx(np.mean(expected))
+    assert metrics["MRR"] < metrics["cold/MRR"]
+    assert not any(name.startswith("cold/") for name in evaluate(model, dataset, "valid", cfg.eval))
