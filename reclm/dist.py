@@ -120,7 +120,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """DDP over all ranks; the model itself where there is only one."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are the same on all ranks from the start.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

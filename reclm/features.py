@@ -118,7 +118,7 @@ def load_features(spec: str, dataset) -> dict[str, np.ndarray]:
     """--item_features -> {name: codes (V - 1, K) int64, or vectors (V - 1, F) float32}, a row an item, in
     the order of dataset.items. Raises UserError."""
     found = {}
-    for part in spec.split(","):
+    for part in map(str.strip, spec.split(",")):
         if part in WORDS:
             if not dataset.words[part].any():
                 raise UserError(
@@ -142,10 +142,10 @@ def read_matrices(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         if path.suffix == ".npy":
-            return {path.stem.replace(".", "_"): np.load(path, allow_pickle=False)}
+            return {path.stem: np.load(path, allow_pickle=False)}
         from safetensors.numpy import load_file
 
-        return {name.replace(".", "_"): array for name, array in load_file(path).items()}
+        return load_file(path)
     except ImportError:
         raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
     except Exception as error:  # damaged bytes raise nearly anything

@@ -158,17 +158,17 @@ class ItemContent(nn.Module):
     def __init__(self, cfg: ModelConfig, features: dict[str, np.ndarray]):
         super().__init__()
         self.id_dropout = cfg.id_dropout
-        self.names = list(features)
-        self.projections, self.gates = nn.ModuleDict(), nn.ModuleDict()
-        for name, array in features.items():
+        self.projections, self.gates = nn.ModuleList(), nn.ModuleList()
+        for i, array in enumerate(features.values()):
             rows = torch.from_numpy(np.pad(array, ((1, 0), (0, 0))))  # (V, K or F): row 0 is padding
-            self.register_buffer(f"rows_{name}", rows, persistent=False)
+            self.register_buffer(f"rows_{i}", rows, persistent=False)
             if rows.is_floating_point():
-                self.projections[name] = nn.Linear(rows.shape[1], cfg.dim, bias=False)
+                projection = nn.Linear(rows.shape[1], cfg.dim, bias=False)
             else:
                 size = int(rows.max()) + 1
-                self.projections[name] = nn.EmbeddingBag(size, cfg.dim, mode="mean", padding_idx=PADDING)
-            self.gates[name] = nn.Linear(cfg.dim, cfg.dim, bias=False)
+                projection = nn.EmbeddingBag(size, cfg.dim, mode="mean", padding_idx=PADDING)
+            self.projections.append(projection)
+            self.gates.append(nn.Linear(cfg.dim, cfg.dim, bias=False))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors of ids (V, D) -> the item table (V, D). In training a share of `id_dropout` of the items
@@ -176,7 +176,7 @@ class ItemContent(nn.Module):
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
         table = ids
-        for name in self.names:
-            content = self.projections[name](getattr(self, f"rows_{name}"))  # (V, D)
-            table = table + torch.sigmoid(self.gates[name](ids)) * content
+        for i, (projection, gate) in enumerate(zip(self.projections, self.gates, strict=True)):
+            content = projection(getattr(self, f"rows_{i}"))  # (V, D)
+            table = table + torch.sigmoid(gate(ids)) * content
         return table

@@ -102,5 +102,6 @@ def training_spread(dataset) -> dict[str, float]:
     after_gap = inside & (place >= 2)
     last_gap = z[after_gap] - z[np.flatnonzero(after_gap) - 1]
     errors = {"last_gap": last_gap, "user_mean": z[inside] - means[owner[inside]]}
-    spread = {name: max(math.sqrt(np.square(e).mean()), NARROWEST) for name, e in errors.items()}
-    return spread | {"mean": float(z[inside].mean())}
+    spread = {name: math.sqrt(np.square(e).sum() / max(len(e), 1)) for name, e in errors.items()}
+    mean = z[inside].sum() / max(inside.sum(), 1)  # 0 where no user has two training actions
+    return {name: max(scale, NARROWEST) for name, scale in spread.items()} | {"mean": float(mean)}

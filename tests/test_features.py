@@ -77,9 +77,9 @@ def test_vectors_are_centred_and_of_length_one(tmp_path):
 def test_several_modalities(tmp_path):
     arrays = {"text": np.eye(4, 6, dtype=np.float32), "image.v1": np.eye(4, 3, dtype=np.float32)}
     save_file(arrays, tmp_path / "b.safetensors")
-    found = load_features(f"genres,{tmp_path / 'b.safetensors'}", FOUR)
+    found = load_features(f"genres, {tmp_path / 'b.safetensors'}", FOUR)
     assert {name: rows.shape for name, rows in found.items()} == {
-        "genres": (4, 1), "text": (4, 6), "image_v1": (4, 3)
+        "genres": (4, 1), "text": (4, 6), "image.v1": (4, 3)
     }  # fmt: skip
 
 
@@ -145,16 +145,16 @@ def random_content(**changes):
 def test_the_item_table_by_hand():
     content, ids = random_content(), torch.randn(5, 8)
     table = content(ids)
-    words = content.projections["genres"].weight
+    words = content.projections[0].weight
     for item in range(1, 5):
         expected = ids[item].double()
         codes = [code for code in FEATURES["genres"][item - 1] if code]
-        parts = {
-            "genres": words[codes].mean(0) if codes else torch.zeros(8),
-            "text": content.projections["text"].weight @ torch.from_numpy(FEATURES["text"][item - 1]),
-        }
-        for name, part in parts.items():
-            expected += torch.sigmoid(content.gates[name].weight @ ids[item]) * part
+        parts = [
+            words[codes].mean(0) if codes else torch.zeros(8),
+            content.projections[1].weight @ torch.from_numpy(FEATURES["text"][item - 1]),
+        ]
+        for gate, part in zip(content.gates, parts, strict=True):
+            expected += torch.sigmoid(gate.weight @ ids[item]) * part
         torch.testing.assert_close(table[item], expected.float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(table[0], ids[0])  # padding has no content
 
@@ -184,7 +184,7 @@ def test_content_enters_scores_and_inputs_and_begins_without_a_say():
     plain.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model(batch), plain(batch))
     before = model.encode(batch)
-    torch.nn.init.normal_(model.content.projections["text"].weight)
+    torch.nn.init.normal_(model.content.projections[0].weight)
     assert not torch.allclose(model.encode(batch), before, atol=1e-3)
     torch.testing.assert_close(model(batch), model.encode(batch, last_only=True)[:, 0] @ model.item_table().T)
     loss = model(batch | {"targets": batch["item_ids"], "negatives": torch.arange(1, 9)})

@@ -115,6 +115,12 @@ def test_forecasts_by_hand():
             assert errors[f"time_NLL_{name}"][row].item() == pytest.approx(nll, abs=1e-4)
 
 
+def test_too_few_gaps_to_learn_from():
+    """Three actions a user: none is left between two training actions."""
+    spread = training_spread(make_dataset([[1, 2, 3], [2, 3, 1]]))
+    assert spread["mean"] == 0 and spread["last_gap"] == spread["user_mean"] == 0.05
+
+
 def test_metrics_do_not_depend_on_the_ranks(monkeypatch):
     dataset, cfg = timed_dataset(), EvalConfig(eval_batch_size=4)
     model = build(num_items=20, time_head=True, max_len=16)
