@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launch import MAIN, Running, python, read_json, write_csv
+from launch import MAIN, Running, here, python, read_json, write_csv
 from test_embed import SENTENCES
 
 from reclm.config import SECTIONS
@@ -77,7 +77,7 @@ def test_the_commands_for_rows_and_tokens(folder):
     subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, env=env, check=True)
     assert len(trainings) == 4
     for command in trainings:
-        python(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
+        here(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
         result = read_json(folder / "runs" / "latest" / "result.json")
         assert ("time_NLL" in result["test"]) == ("--time_head=true" in command)
         assert ("liked/HR@10" in result["test"]) == ("--negative_below=3" in command)
