@@ -40,7 +40,7 @@ def load_encoder(spec: str, weights: str | None) -> nn.Module:
     module, _, name = spec.partition(":")
     try:
         build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, RuntimeError) as error:  # a torchvision of another torch
         raise UserError(f"--encoder={spec}: {error} (MODULE:FUNCTION is needed)") from None
     encoder = build(weights=weights) if weights else build()
     if module.startswith("torchvision."):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launch import write_csv
 from PIL import Image
 
@@ -28,6 +29,9 @@ class Mean(torch.nn.Module):
         return images.mean((2, 3))
 def build():
     return Mean()
+def classifier(weights):
+    torch.manual_seed(len(weights))
+    return torch.nn.Sequential(Mean(), torch.nn.Linear(3, 3), torch.nn.Linear(3, 1000))
 """
 
 
@@ -75,6 +79,22 @@ def test_a_row_a_picture(work):
     blue, red = np.where([0, 0, 1], high, low) / scale, np.where([1, 0, 0], high, low) / scale
     expected = np.stack([blue, np.zeros(3), np.zeros(3), red])
     np.testing.assert_allclose(np.load(work / "out.npy"), expected, atol=1e-4)
+
+
+def test_of_a_classifier_what_goes_into_its_last_layer(work):
+    """In the place of torchvision, whose wheels need a GPU build of torch."""
+    for name, size in (("posters", (224, 224)), ("torchvision", None)):
+        (work / name).mkdir()
+        if size:
+            Image.new("RGB", size, (9, 9, 9)).save(work / name / "i0.jpeg")
+    (work / "torchvision" / "models.py").write_text(PIXELS)
+    flags = ("--folder=posters", "--encoder=torchvision.models:classifier", "--weights=DEFAULT")
+    assert run("embed_images.py", *flags, cwd=work).returncode == 0
+    torch.manual_seed(len("DEFAULT"))
+    first = torch.nn.Linear(3, 3)
+    mean, scale = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = first((9 / 255 - mean) / scale).detach().numpy()
+    np.testing.assert_allclose(np.load(work / "out.npy")[0], expected, atol=1e-4)
 
 
 def test_pictures_that_cannot_be_read(work):
