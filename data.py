@@ -1,4 +1,4 @@
-"""Interactions -> leave-one-out split -> batches.
+"""Interactions -> leave-one-out split, or impressions with a split of their own -> batches.
 
 A batch is a dict of tensors, the only thing the model knows of the data:
     item_ids   (B, T) int64   the history, oldest first, padded with 0 on the right
@@ -9,37 +9,41 @@ A batch is a dict of tensors, the only thing the model knows of the data:
                               one to predict; only where the data have them
     profiles   (B, P) int64   codes of the fields of the user's profile, and
     actions    (B, T) int64   the feedback given with each item, from 1 on; where they are asked for
+    contexts   (B, T) int64   what else was known when the item was shown; where the data have it
   in training also
     targets    (B, T) int64   the next item at each position, 0 where there is none or it is negative feedback
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn for each position
   and, in evaluation and where --exclude_history asks for it,
     seen_items (B, L) int64   the whole history (in training: its training part), padded with 0
+  and with --task=ctr, in place of the last four, C candidates shown to the user of each history
+    candidate_ids, candidate_times, candidate_contexts (B, C)   as above
+    candidate_seen (B, C) int64   how many actions of the history came before the candidate; it sees no others
+    targets        (B, C) int64   1 + its label, 0 where there is no candidate
+    rows           (B, C) int64   its row in Dataset
 """
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from reclm import dist
-from reclm.cold_start import hold_out
 from reclm.config import DataConfig, LossConfig, TrainConfig
-from reclm.datasets import Source, find_dataset, read_dataset
+from reclm.datasets import Source, find_dataset
 from reclm.errors import UserError
-from reclm.features import WORDS, profile_codes, word_codes
+from reclm.features import WORDS
+from reclm.impressions import SPLITS
 from reclm.inputs import Vocabulary
+from reclm.negatives import NegativeSampler
+from reclm.sequences import prepare
 
 HELD_OUT = {"valid": 2, "test": 1}  # the target's place, from the end of a sequence
-CACHE_VERSION = 2  # part of the cache key: raise it when `prepare` changes what it writes
+OF_IMPRESSIONS = ("labels", "splits", "num_seen", "contexts")
 ARRAYS = ("offsets", "item_ids", "timestamps", "ratings", "users", "items", "cold_items", "profiles")
 
 
@@ -60,6 +64,13 @@ class Dataset:
     cold_items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # kept out of training
     profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (U, P) codes
     words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
+    # Of impressions (--task=ctr; reclm/impressions.py), each (rows,) and empty elsewhere.
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # 0 or 1
+    splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # one of SPLITS
+    num_seen: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # first rows of its user it sees
+    contexts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # codes from 1 on
     # What this run gives the model, empty where it is not asked for; see features.choose_inputs.
     profile_sizes: tuple[int, ...] = ()
     actions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (rows,) kinds of feedback
@@ -78,8 +89,19 @@ class Dataset:
     def vocabulary(self) -> Vocabulary:
         num_actions = int(self.actions.max(initial=0))
         return Vocabulary(
-            self.num_items, self.num_users, self.profile_sizes, num_actions, self.features, self.cold_items
+            self.num_items,
+            self.num_users,
+            self.profile_sizes,
+            num_actions,
+            self.features,
+            self.cold_items,
+            int(self.contexts.max(initial=0)),
         )
+
+    @property
+    def ids(self) -> str:
+        """A hash of the original ids: with the same one, a user or an item has the same number."""
+        return hashlib.sha256("\n".join(map(str, [*self.items, *self.users])).encode()).hexdigest()[:16]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -96,104 +118,20 @@ class Dataset:
         return np.where(self.lengths >= 3, self.lengths - 2, self.lengths)
 
 
-def load_dataset(cfg: DataConfig) -> Dataset:
+def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
     """Find (or download), prepare and cache the data: once, on the main rank. Raises UserError."""
 
     def find_and_prepare() -> tuple[Source, Path]:
         source = find_dataset(cfg.dataset, cfg.folder, cfg.unordered_ok)
-        return source, prepare(source, cfg.min_item_count, cfg.shuffle_ties, cfg.cold_items)
+        return source, prepare(source, cfg, task)
 
     source, folder = dist.on_main(find_and_prepare)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*ARRAYS, *WORDS)}
+    names = (*ARRAYS, *WORDS, *(OF_IMPRESSIONS if task == "ctr" else ()))
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
     words = {name: arrays.pop(name) for name in WORDS}
     meta = json.loads((folder / "meta.json").read_text())
     meta["notes"] = [*source.notes, *meta["notes"]]
-    return Dataset(name=source.name, protocol=source.protocol, words=words, **meta, **arrays)
-
-
-def prepare(source: Source, min_item_count: int, shuffle_ties: int = 0, cold_items: float = 0.0) -> Path:
-    """The folder with the prepared arrays of a source: made now, or found by the key of its inputs."""
-    settings = (CACHE_VERSION, source.reader, min_item_count, shuffle_ties, cold_items)
-    key = hashlib.sha256(repr(settings).encode())
-    for path in source.files:
-        with open(path, "rb") as file:
-            key.update(hashlib.file_digest(file, "sha256").digest())
-    root = Path(os.environ.get("RECLM_CACHE") or Path.home() / ".cache" / "reclm")
-    folder = root / f"{source.name}-{key.hexdigest()[:16]}"
-    if folder.exists():
-        return folder
-    raw = read_dataset(source)
-    meta, arrays = build_sequences(raw.interactions, min_item_count, shuffle_ties, cold_items)
-    arrays["profiles"] = profile_codes(raw.users, arrays["users"])
-    arrays |= word_codes(raw.items, arrays["items"])
-    root.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed: a killed run leaves nothing that looks whole.
-    work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
-    try:
-        for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array)
-        (work / "meta.json").write_text(json.dumps(meta))
-        try:
-            work.rename(folder)
-        except OSError:  # another run was faster: its folder is the same
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def build_sequences(
-    table: pd.DataFrame, min_item_count: int, shuffle_ties: int = 0, cold_items: float = 0.0
-) -> tuple[dict, dict]:
-    """Tidy interactions (user, item[, rating][, timestamp]) in file order -> notes and arrays.
-
-    Rows are sorted by (user, time) with a STABLE sort, so ties keep file order, or with `shuffle_ties` the
-    random order of that seed. `cold_items`: see reclm/cold_start.py. Raises UserError."""
-    notes = []
-    if min_item_count > 1:
-        counts = table["item"].map(table["item"].value_counts())
-        dropped = table["item"][counts < min_item_count].nunique()
-        table = table[counts >= min_item_count]
-        notes.append(f"{dropped:,} items with fewer than {min_item_count} interactions dropped")
-    user_index, users = pd.factorize(table["user"], sort=True)
-    item_index, items = pd.factorize(table["item"], sort=True)
-    times = table["timestamp"].to_numpy() if "timestamp" in table else np.zeros(0)
-    if shuffle_ties:
-        if not len(times):
-            raise UserError(f"--shuffle_ties={shuffle_ties}, but these data have no timestamps: leave it out")
-        shuffled = np.random.default_rng(shuffle_ties).permutation(len(table))
-        table, user_index = table.iloc[shuffled], user_index[shuffled]
-        item_index, times = item_index[shuffled], times[shuffled]
-        notes.append(f"ties in time are in a random order (--shuffle_ties={shuffle_ties})")
-    order = np.lexsort((times, user_index)) if len(times) else np.argsort(user_index, kind="stable")
-    lengths = np.bincount(user_index, minlength=len(users))
-    short = int((lengths < 3).sum())
-    if short == len(users):
-        raise UserError(
-            "no user has 3 interactions or more (one each to train, validate and test): "
-            "too little data, or --min_item_count is too high"
-        )
-    if short:
-        notes.append(f"{short:,} users with fewer than 3 interactions train but are not evaluated")
-    users, items = np.asarray(users), np.asarray(items)
-    users, items = (x.astype(str) if x.dtype == object else x for x in (users, items))
-    arrays = {
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
-        "item_ids": item_index[order].astype(np.int64) + 1,
-        "timestamps": times[order].astype(np.float64) if len(times) else times,
-        "ratings": table["rating"].to_numpy(np.float64)[order] if "rating" in table else np.zeros(0),
-        "users": users,
-        "items": items,
-        "cold_items": np.zeros(0, np.int64),
-    }
-    if cold_items:
-        arrays, note = hold_out(arrays, cold_items)
-        notes.append(note)
-    fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
-    for name in ("offsets", "item_ids"):
-        fingerprint.update(arrays[name].tobytes())
-    return {"notes": notes, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
+    return Dataset(name=source.name, words=words, **meta, **arrays)
 
 
 def pad(array: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
@@ -221,6 +159,8 @@ def histories(
         batch["profiles"] = dataset.profiles[users]
     if len(dataset.actions):
         batch["actions"] = pad(dataset.actions, starts, lengths, width)
+    if len(dataset.contexts):
+        batch["contexts"] = pad(dataset.contexts, starts, lengths, width)
     return batch
 
 
@@ -233,40 +173,113 @@ def to_tensors(batch: dict) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
+class NextItems:
+    """What matching trains on: the last `max_len` training actions of each user but the last one as inputs,
+    all but the first as targets."""
+
+    def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg: TrainConfig):
+        self.dataset, self.loss, self.cfg = dataset, loss, cfg
+        self.users = np.flatnonzero(dataset.train_lengths >= 2)  # one item gives no next item
+        self.lengths = np.minimum(dataset.train_lengths[self.users] - 1, max_len)
+        ends = dataset.offsets[self.users] + dataset.train_lengths[self.users]
+        self.starts = ends - 1 - self.lengths
+        self.sizes = self.lengths  # what a sequence costs
+        is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
+        before = np.concatenate([[0], np.cumsum(is_target)])
+        self.num_targets = int((before[ends] - before[ends - self.lengths]).sum())
+        if len(dataset.negative) and not self.num_targets:
+            raise UserError("nothing is left to train on: use a lower --negative_below")
+        self.sampler = NegativeSampler(dataset, loss)
+
+    def build(self, rows: np.ndarray, width: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
+        lengths, starts, users = self.lengths[rows], self.starts[rows], self.users[rows]
+        width = width or int(lengths.max())
+        if self.cfg.random_windows:
+            moved = rng.random(len(rows)) < self.cfg.random_windows
+            starts = starts - moved * rng.integers(0, starts - self.dataset.offsets[users] + 1)
+        batch = histories(self.dataset, users, starts, lengths, width)
+        batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
+        if len(self.dataset.negative):
+            batch["targets"] *= pad(~self.dataset.negative, starts + 1, lengths, width)
+        if self.loss.loss != "softmax":
+            batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
+        if self.loss.exclude_history and self.loss.share_negatives:
+            batch["seen_items"] = whole_histories(self.dataset, users, self.dataset.train_lengths[users])
+        return to_tensors(batch)
+
+
+class Impressions:
+    """What a ranker trains on, and what it is evaluated on: each user's history, once, with all candidates of
+    one split (C of them) that were shown after a part of it.
+
+    A history longer than `max_len` is cut into windows, each half a window after the one before, so that
+    each candidate is in one of them and sees at least the last max_len / 2 actions before it."""
+
+    def __init__(self, dataset: Dataset, split: str, max_len: int):
+        self.dataset = dataset
+        rows = np.flatnonzero(dataset.splits == SPLITS[split])
+        owner = np.searchsorted(dataset.offsets, rows, side="right") - 1
+        stride = max(1, max_len // 2)
+        windows = np.maximum(0, -(-(dataset.num_seen[rows] - max_len) // stride))
+        new = (np.diff(owner, prepend=-1) != 0) | (np.diff(windows, prepend=-1) != 0)
+        first = np.flatnonzero(new)
+        self.users, self.first_rows = owner[first], rows[first]
+        self.counts = np.diff(first, append=len(rows))  # candidates of each
+        self.skipped = windows[first] * stride  # actions of the user before the window
+        self.starts = dataset.offsets[self.users] + self.skipped
+        self.lengths = np.maximum.reduceat(dataset.num_seen[rows], first) - self.skipped
+        self.sizes = self.lengths + self.counts
+        self.num_targets = len(rows)
+
+    def build(self, rows: np.ndarray, width: int | None = None, rng=None) -> dict[str, Tensor]:
+        dataset, lengths, counts = self.dataset, self.lengths[rows], self.counts[rows]
+        width = width or max(1, int(lengths.max()))
+        batch = histories(dataset, self.users[rows], self.starts[rows], lengths, width)
+
+        def shown(array: np.ndarray) -> np.ndarray:  # (B, C)
+            return pad(array, self.first_rows[rows], counts, int(counts.max()))
+
+        batch |= {
+            "candidate_ids": shown(dataset.item_ids),
+            "candidate_seen": (shown(dataset.num_seen) - self.skipped[rows, None]).clip(min=0),
+            "rows": shown(np.arange(len(dataset.item_ids))),
+            "targets": shown(1 + dataset.labels),
+        }
+        if len(dataset.timestamps):
+            batch["candidate_times"] = shown(dataset.timestamps)
+        if len(dataset.contexts):
+            batch["candidate_contexts"] = shown(dataset.contexts)
+        return to_tensors(batch)
+
+
 class TrainBatches:
     """The batches of an epoch. All is a function of (seed, epoch): the order, the composition of every
     batch, the negatives. It does not depend on the number of ranks, of which each takes its rows."""
 
     def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg: TrainConfig):
-        self.dataset, self.loss, self.cfg = dataset, loss, cfg
-        self.users = np.flatnonzero(dataset.train_lengths >= 2)  # one item gives no next item
-        if len(self.users) < dist.world_size():
+        self.loss, self.cfg = loss, cfg
+        is_ctr = len(dataset.labels) > 0
+        self.source = (
+            Impressions(dataset, "train", max_len) if is_ctr else NextItems(dataset, max_len, loss, cfg)
+        )
+        self.width = max_len if cfg.pad_to == "max_len" else None
+        self.num_targets = self.source.num_targets  # in an epoch
+        if len(self.source.sizes) < dist.world_size():
             raise UserError(
-                f"{dist.world_size()} ranks, but only {len(self.users)} users to train on: "
+                f"{dist.world_size()} ranks, but only {len(self.source.sizes)} sequences to train on: "
                 "use a smaller --nproc_per_node"
             )
-        # The last max_len + 1 training items: inputs are all but the last, targets all but the first.
-        self.lengths = np.minimum(dataset.train_lengths[self.users] - 1, max_len)
-        ends = dataset.offsets[self.users] + dataset.train_lengths[self.users]
-        self.starts = ends - 1 - self.lengths
-        self.max_len = max_len
-        is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
-        before = np.concatenate([[0], np.cumsum(is_target)])
-        self.num_tokens = int((before[ends] - before[ends - self.lengths]).sum())  # targets in an epoch
-        if not self.num_tokens:
-            raise UserError("nothing is left to train on: use a lower --negative_below")
-        self.sampler = NegativeSampler(dataset, loss)
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
-        return -(-len(self.users) // self.cfg.batch_size)
+        return -(-len(self.source.sizes) // self.cfg.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, list[dict], int]]:
         """Yield (step, this rank's micro-batches, number of targets of ALL ranks), from `first_step` on."""
         composed = self.compose(np.random.default_rng((self.cfg.seed, epoch)))
         for step in range(first_step, len(composed)):
-            rows = composed[step]
-            batch = self.build(rows, np.random.default_rng((self.cfg.seed, epoch, step)))
+            rng = np.random.default_rng((self.cfg.seed, epoch, step))
+            batch = self.source.build(composed[step], self.width, rng)
             yield step, self.split(batch), int((batch["targets"] > 0).sum())
 
     def split(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -286,82 +299,11 @@ class TrainBatches:
         """Random batches of sequences of similar length, so that little of a batch is padding:
         shuffle, sort by length within pools of 16 batches, cut evenly, shuffle the batches."""
         size = self.cfg.batch_size
-        order = rng.permutation(len(self.users))
+        order = rng.permutation(len(self.source.sizes))
         pools = np.split(order, range(16 * size, len(order), 16 * size))
-        pools = [pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools]
+        pools = [pool[np.argsort(-self.source.sizes[pool], kind="stable")] for pool in pools]
         batches = [part for pool in pools for part in np.array_split(pool, -(-len(pool) // size))]
         return [batches[i] for i in rng.permutation(len(batches))]
-
-    def build(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        lengths, starts, users = self.lengths[rows], self.starts[rows], self.users[rows]
-        width = self.max_len if self.cfg.pad_to == "max_len" else int(lengths.max())
-        if self.cfg.random_windows:
-            moved = rng.random(len(rows)) < self.cfg.random_windows
-            starts = starts - moved * rng.integers(0, starts - self.dataset.offsets[users] + 1)
-        batch = histories(self.dataset, users, starts, lengths, width)
-        batch["targets"] = pad(self.dataset.item_ids, starts + 1, lengths, width)
-        if len(self.dataset.negative):
-            batch["targets"] *= pad(~self.dataset.negative, starts + 1, lengths, width)
-        if self.loss.loss != "softmax":
-            batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
-        if self.loss.exclude_history and self.loss.share_negatives:
-            batch["seen_items"] = whole_histories(self.dataset, users, self.dataset.train_lengths[users])
-        return to_tensors(batch)
-
-
-class NegativeSampler:
-    """Uniform negatives without a loop and without rejection."""
-
-    def __init__(self, dataset: Dataset, loss: LossConfig):
-        self.cfg, self.num_items = loss, dataset.num_items
-        if dataset.num_items < 2:
-            raise UserError("only 1 item in the data: there is nothing to rank")
-        if loss.exclude_history and not loss.share_negatives:
-            self.index_histories(dataset)
-
-    def index_histories(self, dataset: Dataset) -> None:
-        """Sorted keys (user, item) of all distinct training interactions."""
-        lengths = dataset.train_lengths
-        owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-        place = np.arange(len(owner)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-        train = place < lengths[owner]
-        stride = self.num_items + 1
-        self.keys = np.unique(owner[train] * stride + dataset.item_ids[train])
-        owner, items = self.keys // stride, self.keys % stride
-        self.firsts = np.searchsorted(owner, np.arange(dataset.num_users + 1))
-        # How many items that are NOT in the history lie below each item of it; see `free_items`.
-        self.gaps = owner * stride + items - 1 - (np.arange(len(owner)) - self.firsts[owner])
-        full = np.flatnonzero(np.diff(self.firsts) >= self.num_items)
-        if len(full):
-            raise UserError(
-                f"user {dataset.users[full[0]]} has every item in the history: "
-                "no negative is left; use --exclude_history=false"
-            )
-
-    def draw(self, rng: np.random.Generator, users: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The field `negatives` for users (B,) and targets (B, T)."""
-        count = self.cfg.num_negatives
-        if self.cfg.share_negatives:
-            count = min(count, self.num_items)
-            return rng.choice(self.num_items, count, replace=False) + 1  # (N,)
-        real = targets > 0  # (B, T); drawing for these M only, the width of the batch changes nothing
-        negatives = np.zeros((*targets.shape, count), dtype=np.int64)  # (B, T, N)
-        if self.cfg.exclude_history:
-            owners = np.broadcast_to(users[:, None], targets.shape)[real]  # (M,)
-            negatives[real] = self.free_items(rng, owners, count)
-        else:  # uniform over all items but the target: draw from one fewer and step over the target
-            draws = rng.integers(1, self.num_items, (real.sum(), count))  # (M, N)
-            negatives[real] = draws + (draws >= targets[real][:, None])
-        return negatives
-
-    def free_items(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
-        """users (M,) -> (M, count), uniform over the items outside each user's history: the r-th free item
-        is 1 + r + the number of history items with at most r free items below them."""
-        users = users[:, None]
-        num_free = self.num_items - np.diff(self.firsts)[users]  # (M, 1)
-        draws = rng.integers(0, num_free, (len(users), count))
-        below = np.searchsorted(self.gaps, users * (self.num_items + 1) + draws, side="right")
-        return 1 + draws + below - self.firsts[users]
 
 
 def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) -> Iterator[dict]:
@@ -384,3 +326,11 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
             "seen_items": whole_histories(dataset, users[chosen], known[chosen]),
         }
         yield to_tensors(batch)
+
+
+def impression_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) -> Iterator[dict]:
+    """This rank's share of the impressions of a split; whole batches are dealt out, as in `eval_batches`."""
+    shown = Impressions(dataset, split, max_len)
+    order = np.argsort(-shown.sizes, kind="stable")
+    for first in range(dist.rank() * batch_size, len(order), dist.world_size() * batch_size):
+        yield shown.build(order[first : first + batch_size])

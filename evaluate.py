@@ -1,15 +1,17 @@
-"""Full-catalogue ranking: every user, every item, no sampling, exact under any number of ranks."""
+"""Full-catalogue ranking: every user, every item, no sampling; or, of a ranker, every impression. Exact under
+any number of ranks."""
 
 from collections import Counter
 
+import numpy as np
 import torch
 
-from data import HELD_OUT, Dataset, eval_batches
+from data import HELD_OUT, Dataset, eval_batches, impression_batches
 from model import SequenceRecommender
 from reclm import dist
 from reclm.config import EvalConfig
 from reclm.errors import UserError
-from reclm.metrics import rank_of_target, ranking_sums
+from reclm.metrics import click_metrics, rank_of_target, ranking_sums
 from reclm.next_time import TIME_ERRORS, time_errors, training_spread
 
 MAX_SCORES = 2**26  # scores held at once: 256 MiB in float32, whatever the size of the catalogue
@@ -47,7 +49,10 @@ def rank_users(
 
 
 def evaluate(model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
-    """{"HR@10": ..., "NDCG@10": ..., "MRR": ...} over all evaluated users of all ranks."""
+    """{"HR@10": ..., "NDCG@10": ..., "MRR": ...} over all evaluated users of all ranks; of a ranker
+    {"AUC": ..., "logloss": ...} over all impressions of the split."""
+    if model.cfg.task == "ctr":
+        return click_metrics(*score_impressions(model, dataset, split, cfg))
     users, ranks = rank_users(model, dataset, split, cfg)
     metrics, count = mean_over_ranks(ranking_sums(ranks), len(ranks))
     if count != len(dataset.evaluated):
@@ -87,3 +92,29 @@ def evaluate_times(
         sums.update({name: error.double().sum().item() for name, error in errors.items()})
         count += len(hidden)
     return mean_over_ranks({name: sums[name] for name in TIME_ERRORS}, count)[0]
+
+
+@torch.inference_mode()
+def score_impressions(
+    model: SequenceRecommender, dataset: Dataset, split: str, cfg: EvalConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, labels and users, each (N,), of all impressions of a split in the order of their rows, on every
+    rank; raises UserError on a logit that is not finite."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows, logits = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
+    for batch in impression_batches(dataset, split, model.cfg.max_len, cfg.eval_batch_size):
+        shown = batch.pop("targets") > 0  # (B, C)
+        rows.append(batch["rows"][shown])
+        logits.append(model({name: tensor.to(device) for name, tensor in batch.items()}).cpu()[shown])
+    rows, logits = (torch.cat(dist.gather_from_ranks(torch.cat(parts))) for parts in (rows, logits))
+    rows, order = rows.sort()
+    logits = logits[order]
+    owner = torch.from_numpy(np.searchsorted(dataset.offsets, rows.numpy(), side="right") - 1)
+    bad = (~logits.isfinite()).nonzero()
+    if len(bad):
+        raise UserError(
+            f"the model gives non-finite scores to {len(bad)} impression(s), the first of them of user "
+            f"{dataset.users[owner[bad[0, 0]]]}: these weights cannot be evaluated"
+        )
+    return logits, torch.from_numpy(dataset.labels[rows.numpy()]), owner

@@ -30,10 +30,14 @@ from reclm.config import Config, ModelConfig, build_config, parse_args
 from reclm.errors import UserError
 from reclm.features import choose_inputs
 from reclm.logger import Logger, say, write_json
+from reclm.metrics import chooses
 from reclm.optim import build_optimizer, learning_rate, update_average
 
 MODEL_NAMES = [field.name for field in fields(ModelConfig)]
-DATA_NAMES = ["dataset", "min_item_count", "shuffle_ties", "cold_items"]
+DATA_NAMES = [
+    "dataset", "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
+    "min_positives", "utc_offset", "split_seed", "ctr_history",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -52,7 +56,7 @@ def evaluate_checkpoint(said: dict) -> None:
     state = checkpoint.load_checkpoint(path)
     fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
     cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
-    dataset = choose_inputs(load_dataset(cfg.data), cfg)
+    dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
     say(runs.describe_data(dataset, cfg.model))
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
@@ -80,7 +84,7 @@ class Progress:
     loss_sum: float = 0.0  # over the steps of this epoch so far
     num_targets: int = 0  # in them
     seconds: float = 0.0  # of the whole run so far
-    best_score: float = -1.0  # validation NDCG@10
+    best_score: float = -math.inf  # of validation, see metrics.CHOOSE_BY
     best_epoch: int = -1
     bad_epochs: int = 0  # since the best
 
@@ -104,13 +108,16 @@ class Trainer:
                 self.model.load_state_dict(state.get("trained", state["model"]))
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress, self.history = Progress(**state["progress"]), state["history"]
+        elif cfg.train.init_from:
+            checkpoint.start_from(self.model, Path(cfg.train.init_from), dataset, cfg)
+            self.evaluated.load_state_dict(self.model.state_dict())
         self.parallel = dist.data_parallel(self.model)
 
     def open(self, out_dir: Path) -> None:
         """From here on the run writes into out_dir; all that can be refused has been by now."""
         self.out_dir = out_dir
         if not (out_dir / "best.pth").is_file():  # resumed into a new folder: its own best counts
-            self.progress.best_score, self.progress.bad_epochs = -1.0, 0
+            self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
         self.logger = Logger(out_dir, self.history)
         self.stop = dist.StopRequest()
         self.started = time.time() - self.progress.seconds
@@ -126,6 +133,7 @@ class Trainer:
             "config": self.cfg.flat(),
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
+            "ids": self.dataset.ids,
         }
         if self.cfg.train.ema:
             state["trained"] = self.model.state_dict()
@@ -139,18 +147,18 @@ def train(said: dict) -> None:
         names = [*MODEL_NAMES, *DATA_NAMES, *checkpoint.TRAJECTORY]
         said = checkpoint.merge_config(said, state, path, names)
     cfg = build_config(said)
-    dataset = choose_inputs(load_dataset(cfg.data), cfg)
+    dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
     say(runs.describe_data(dataset, cfg.model))
     run = Trainer(cfg, dataset, state, path)
     run.open(dist.on_main(lambda: runs.claim_dir(cfg, dataset.name, path)))
-    say(runs.describe_model(run.model, len(run.batches), run.batches.num_tokens))
+    say(runs.describe_model(run.model, len(run.batches), run.batches.num_targets))
     say(f"results go to {run.out_dir}")
     if state:
         say(f"going on from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
     for epoch in range(run.progress.epoch, cfg.train.num_epochs):
         if cfg.train.patience and run.progress.bad_epochs >= cfg.train.patience:
-            say(f"no better validation NDCG@10 for {cfg.train.patience} epochs: stopping early")
+            say(f"no better validation for {cfg.train.patience} epochs: stopping early")
             break
         row = train_epoch(run, epoch)
         row |= validate(run, epoch)
@@ -165,7 +173,7 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
     num_steps = len(run.batches)
     run.model.train()
     run.logger.start_epoch(epoch, num_steps, progress.step)
-    begin, tokens, speed = time.time(), 0, 0.0
+    begin, targets, speed = time.time(), 0, 0.0
     for step, micro_batches, num_targets in run.batches.epoch(epoch, progress.step):
         checkpoint.seed_step(cfg.seed, epoch, step)
         total_step = epoch * num_steps + step
@@ -182,8 +190,8 @@ def train_epoch(run: Trainer, epoch: int) -> dict:
             update_average(run.evaluated, run.model, total_step, cfg.ema)
         progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
         progress.num_targets += num_targets
-        tokens += num_targets
-        speed = tokens / (time.time() - begin)
+        targets += num_targets
+        speed = targets / (time.time() - begin)
         run.logger.step(total / max(num_targets, 1), speed)
         if stopping:
             stop_early(run)
@@ -246,18 +254,15 @@ def validate(run: Trainer, epoch: int) -> dict:
 
 def finish_epoch(run: Trainer, row: dict) -> None:
     """Log the epoch, remember the best, save."""
-    progress, epoch, score = run.progress, row["epoch"], row["valid/NDCG@10"]
+    progress, epoch = run.progress, row["epoch"]
+    _, score = chooses(row, "valid/")
     better = score > progress.best_score
     progress.bad_epochs = 0 if better else progress.bad_epochs + 1
     if better:
         progress.best_score, progress.best_epoch = score, epoch
     progress.epoch, progress.step, progress.loss_sum, progress.num_targets = epoch + 1, 0, 0.0, 0
     run.logger.end_epoch(row)
-    say(
-        f"epoch {epoch:3d}   loss {row['loss']:.4f}   valid HR@10 {row['valid/HR@10']:.4f}  "
-        f"NDCG@10 {score:.4f}   {row['train_seconds']:.1f} s + {row['eval_seconds']:.1f} s   "
-        f"{row['tokens_per_second']:,.0f} tokens/s{'   best' if better else ''}"
-    )
+    say(runs.format_epoch(row) + "   best" * better)
     names = [f"epoch_{epoch}.pth", "last.pth"] + ["best.pth"] * better
     run.save(*names)
     keep, spare = run.cfg.train.keep_last, run.cfg.run.ckpt_name

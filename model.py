@@ -7,6 +7,7 @@ Letters in the shape comments:
     V  item-table rows: items are 1..V-1, row 0 is padding
     M  positions of a batch that have a target (no padding)
     S  tokens of a row: the T actions and, where asked, profile and time tokens (reclm/inputs.py); else T
+    C  candidates of a ranker (--task=ctr) for a sequence
 
 Sequences are padded on the right. With causal attention no real position ever sees the padding, so
 the fast causal kernel needs no padding mask, and padded positions are dropped before the loss.
@@ -20,14 +21,18 @@ from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
 from reclm.dropout import Dropout
+from reclm.heads import ClickHead
 from reclm.hstu import HSTUBlock
 from reclm.inputs import Inputs, ItemContent, Vocabulary
 from reclm.losses import LOSSES
 from reclm.next_time import TimeHead, log_time
 
+Memory = tuple[Tensor, Tensor]  # keys and values of a row, each (B, G, S, Dh)
+CANDIDATES_AT_ONCE = 128  # more are ranked in turns, over the same history
+
 
 class Context(NamedTuple):
-    """What every block may look at beside its input; the same for all layers."""
+    """What every block may look at beside its input; the same for all layers but for `memory`."""
 
     rotary: Tensor  # rotations of the keys, complex (T, Dh/2)
     query_rotary: Tensor  # the same for the queries
@@ -35,6 +40,9 @@ class Context(NamedTuple):
     last: Tensor | None = None  # (B,) the only position whose output is wanted; None = all of them
     times: Tensor | None = None  # (B, T) timestamps of the actions in seconds; None = not known
     query_times: Tensor | None = None  # (B, queries) when the outputs are asked for
+    # When the tokens are candidates, each the next one after a part of a history and unseen by the others:
+    memory: Memory | None = None  # of the history
+    position: Tensor | None = None  # (B, C): how many of its tokens each candidate sees
 
     def wanted(self, x: Tensor) -> Tensor:
         """(B, T, D) -> the positions whose output is wanted: (B, T, D), or (B, 1, D)."""
@@ -69,11 +77,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, D) -> (B, T, D); position t sees positions <= t, at most the last W of them."""
-        heads = (-1, self.head_dim)
-        q = self.wq(ctx.wanted(x)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.wk(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, Dh)
-        v = self.wv(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, Dh)
-        q, k = rotate(q, ctx.query_rotary), rotate(k, ctx.rotary)
+        q = self.wq(ctx.wanted(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, Dh)
+        q = rotate(q, ctx.query_rotary)
+        k, v = self.remember(x, ctx)
+        if ctx.memory is not None:  # candidates see themselves behind it
+            k, v = (
+                torch.cat(pair, dim=2) for pair in zip(ctx.memory, (k, v), strict=True)
+            )  # (B, G, S + C, Dh)
         if self.groups > 1:  # the CPU's fused kernel wants as many key as query heads
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, T, Dh)
         # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
@@ -82,6 +92,12 @@ class Attention(nn.Module):
             q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None
         )  # (B, H, T, Dh)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def remember(self, x: Tensor, ctx: Context) -> Memory:
+        """(B, T, D) -> keys and values"""
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, Dh)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, Dh)
+        return rotate(k, ctx.rotary), v
 
 
 class FeedForward(nn.Module):
@@ -130,10 +146,16 @@ class TransformerBlock(nn.Module):
         x = self.attention_residual(ctx.wanted(x), self.attention(self.attention_norm(x), ctx))
         return self.ffn_residual(x, self.feed_forward(self.ffn_norm(x)))
 
+    def remember(self, x: Tensor, ctx: Context) -> Memory:
+        """What candidates see of a history (B, T, D)."""
+        return self.attention.remember(self.attention_norm(x), ctx)
+
 
 BLOCKS = {"llama": TransformerBlock, "hstu": HSTUBlock}
 # Weights that begin at 0.
-SILENT = ("gate", "position_embedding", "time_embedding", "action_embedding", "projections", "time_head")
+SILENT = (
+    "gate", "position_embedding", "time_embedding", "action_embedding", "projections", "time_head", "logit"
+)  # fmt: skip
 
 
 class SequenceRecommender(nn.Module):
@@ -152,6 +174,7 @@ class SequenceRecommender(nn.Module):
             self.user_embedding = nn.Embedding(vocabulary.num_users, cfg.dim)
         self.content = ItemContent(cfg, vocabulary.features) if vocabulary.features else None
         self.time_head = TimeHead(cfg) if cfg.time_head else None
+        self.click_head = ClickHead(cfg) if cfg.task == "ctr" else None
         rotary = rotary_table(self.inputs.max_tokens, cfg.dim // cfg.n_heads)
         self.register_buffer("rotary", rotary, persistent=False)
         cold = torch.zeros(num_rows, dtype=torch.bool)  # (V,): no id vector and no candidates in the loss
@@ -173,8 +196,10 @@ class SequenceRecommender(nn.Module):
         | position, time, action   | 0: without a say                                                  |
         | content of items         | 0: without a say                                                  |
         | profile and time tokens  | as items                                                          |
+        | contexts of impressions  | as items                                                          |
         | items held out           | 0, and stay so                                                    |
         | next-time head           | weights 0: the same mixture for all; see reclm/next_time.py       |
+        | click head               | last layer 0: each click as likely as not                         |
         """
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
@@ -196,8 +221,7 @@ class SequenceRecommender(nn.Module):
         `table`: the item table, where it has been computed already."""
         table = self.item_table() if table is None else table
         row, queries = self.inputs.lay_out(batch)
-        x = self.inputs(row, table)  # (B, S, D)
-        x = self.dropout(x * self.cfg.dim**0.5)  # unit rows -> channels of order 1, as the norms expect
+        x = self.embed(row, table)  # (B, S, D)
         contexts = [self.context(row)] * len(self.layers)
         if last_only:
             last = batch["lengths"] - 1  # (B,)
@@ -215,6 +239,10 @@ class SequenceRecommender(nn.Module):
         if self.cfg.scores == "cosine":
             return F.normalize(hidden, dim=-1) / self.cfg.temperature
         return hidden
+
+    def embed(self, row: dict[str, Tensor], table: Tensor) -> Tensor:
+        """(B, S, D): unit rows become channels of order 1, as the norms expect."""
+        return self.dropout(self.inputs(row, table) * self.cfg.dim**0.5)
 
     def context(self, row: dict[str, Tensor], last: Tensor | None = None) -> Context:
         """What the blocks need for these rows, or for one position (B,) of each alone."""
@@ -245,8 +273,16 @@ class SequenceRecommender(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """With "targets" in the batch: the SUM of the loss over its M targets, a scalar.
-        Without: float32 scores (B, V) of all items after the last action of each sequence."""
+        Without: float32 scores (B, V) of all items after the last action of each sequence; of a ranker
+        logits (B, C) of the candidates."""
         table = self.item_table()
+        if self.cfg.task == "ctr":
+            logits = self.rank(batch, table)  # (B, C)
+            if "targets" not in batch:
+                return logits
+            valid = batch["targets"] != 0
+            labels = (batch["targets"][valid] - 1).float()  # (M,)
+            return F.binary_cross_entropy_with_logits(logits[valid], labels, reduction="sum")
         if "targets" not in batch:
             return self.encode(batch, True, table)[:, 0] @ table.T
         hidden = self.encode(batch, table=table)  # (B, T, D)
@@ -259,6 +295,46 @@ class SequenceRecommender(nn.Module):
             gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
             loss = loss + self.loss.time_weight * self.time_head(hidden, log_time(gaps)).sum()
         return loss
+
+    def rank(self, batch: dict[str, Tensor], table: Tensor) -> Tensor:
+        """candidate_ids (B, C) -> the logit of a positive action on each, (B, C), in float32, as if it were
+        the only one: it sees the part of the history before it, and itself. The history is worked through
+        once for all of them (M-FALCON, arXiv 2402.17152, section 3.4)."""
+        row, _ = self.inputs.lay_out(batch)
+        ctx, x = self.context(row), self.embed(row, table)  # (B, S, D)
+        memories = []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
+            for layer in self.layers[:-1]:
+                memories.append(layer.remember(x, ctx))
+                x = layer(x, ctx)
+            memories.append(self.layers[-1].remember(x, ctx))
+        candidates = self.inputs.lay_out_candidates(batch)
+        size = batch["candidate_ids"].shape[1] if self.training else CANDIDATES_AT_ONCE
+        parts = zip(*(value.split(size, dim=1) for value in candidates.values()), strict=True)
+        logits = []
+        for part in parts:
+            part = dict(zip(candidates, part, strict=True))
+            ctx, x = self.candidate_context(row, part), self.embed(part, table)  # (B, c, D)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
+                for layer, memory in zip(self.layers, memories, strict=True):
+                    x = layer(x, ctx._replace(memory=memory))
+            hidden = self.norm(x.float())
+            if self.cfg.user_embedding == "explicit":
+                hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
+            logits.append(self.click_head(hidden))
+        return torch.cat(logits, dim=1)
+
+    def candidate_context(self, row: dict[str, Tensor], candidates: dict[str, Tensor]) -> Context:
+        position = candidates["position"][..., None]  # (B, C, 1)
+        length, count = row["token_ids"].shape[1], position.shape[1]
+        keys = torch.arange(length, device=position.device)
+        window = self.cfg.window or length + 1
+        seen = (keys < position) & (keys > position - window)  # (B, C, S)
+        itself = torch.eye(count, dtype=torch.bool, device=position.device).expand(len(seen), -1, -1)
+        mask = torch.cat([seen, itself], dim=2)[:, None]  # (B, 1, C, S + C)
+        rotary = self.rotary[position[..., 0]][:, None]  # (B, 1, C, Dh/2)
+        times, query_times = row.get("timestamps"), candidates.get("timestamps")
+        return Context(rotary, rotary, mask, None, times, query_times, position=candidates["position"])
 
     def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:
         """(negatives, excluded), as the losses want them (reclm/losses.py)."""

@@ -15,6 +15,7 @@ import torch
 
 from reclm import dist
 from reclm.errors import UserError
+from reclm.logger import say
 
 VERSION = 4  # raise it when the same file would mean another model, or another step of the optimizer
 
@@ -24,6 +25,13 @@ TRAJECTORY = [
     "batch_size", "lr",
     "weight_decay", "embedding_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows",
     "ema", "seed",
+]  # fmt: skip
+
+
+# What decides which rows are trained on: a ranker started from other ones may have seen its test.
+LEAKS = [
+    "min_item_count", "shuffle_ties", "ctr_split", "positive_from", "drop_rating", "min_positives",
+    "utc_offset", "split_seed",
 ]  # fmt: skip
 
 
@@ -129,6 +137,36 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset) -> N
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit this architecture: {reason}") from None
+
+
+def start_from(model: torch.nn.Module, path: Path, dataset, cfg) -> None:
+    """--init_from: copy the weights that have the same names and shapes here; the others keep their initial
+    values. Raises UserError where users or items have other numbers, or where the checkpoint has learned from
+    what this run is to be tested with."""
+    if not path.is_file():
+        raise UserError(f"--init_from={path}: no such file; name the .pth of a run")
+    state = load_checkpoint(path)
+    ours = cfg.flat()
+    for name in LEAKS:
+        if state["config"].get(name) != ours[name]:
+            raise UserError(
+                f"--init_from={path} was trained with {name}={state['config'].get(name)}, this run has "
+                f"{name}={ours[name]}: it may have learned from what this run is tested with; train it with "
+                "the same settings of data"
+            )
+    if state.get("ids") != dataset.ids:
+        raise UserError(f"--init_from={path} was trained on other users or items: use the same data")
+    weights = model.state_dict()
+    if state["model"]["item_embedding.weight"].shape != weights["item_embedding.weight"].shape:
+        raise UserError(f"--init_from={path} has another --dim than {ours['dim']}: use the same")
+    shared = {
+        name: value
+        for name, value in state["model"].items()
+        if name in weights and value.shape == weights[name].shape
+    }
+    model.load_state_dict(shared, strict=False)
+    fresh = sorted({name.split(".")[0] for name in weights.keys() - shared.keys()})
+    say(f"started from {path}: {len(shared)} of {len(weights)} weights; new: {', '.join(fresh) or 'none'}")
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:

@@ -21,6 +21,9 @@ from reclm.errors import UserError
 class ModelConfig:
     """Model: fixed by the checkpoint once trained"""
 
+    task: Literal["matching", "ctr"] = "matching"
+    """matching = rank the whole catalogue by what comes next; ctr = how likely is it that the user likes what
+    is shown (reclm/impressions.py)"""
     model_name: Literal["llama", "hstu"] = "llama"
     """kind of block: LLaMA2 (model.py) or HSTU (reclm/hstu.py)"""
     max_len: int = 200
@@ -46,8 +49,8 @@ class ModelConfig:
     time_tokens: Literal["none", "tokens", "embedding"] = "none"
     """the time since the action before: a token of its own, with hour and weekday where a session begins, or
     an embedding added to the item's (reclm/intervals.py)"""
-    action_embedding: bool = False
-    """add to each item's embedding one of the rating it was given"""
+    action_embedding: bool | None = None
+    """add to each item's embedding one of the rating it was given [default: true with task=ctr]"""
     item_features: str | None = None
     """know items by content, too: a comma-separated list of genres, year, title (of the item table) and paths
     of .npy or .safetensors files with one row an item"""
@@ -74,12 +77,16 @@ class ModelConfig:
     """of the blocks; embeddings, loss and ranking stay in float32"""
 
     def __post_init__(self):
+        if self.action_embedding is None:
+            self.action_embedding = self.task == "ctr"
         positive(self, "max_len", "dim", "n_layers", "n_heads", "temperature", "norm_eps")
         not_negative(self, "n_kv_heads", "hidden_dim", "window")
         probability(self, "dropout")
         probability(self, "id_dropout")
         if self.id_dropout and not self.item_features:
             raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: leave it out")
+        if self.task == "ctr" and self.time_tokens == "tokens":
+            raise UserError("--time_tokens=tokens is for --task=matching: use --time_tokens=embedding")
         if self.time_head and self.request_time:
             raise UserError("--request_time=true tells what --time_head=true is to predict: drop one")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
@@ -111,12 +118,31 @@ class DataConfig:
     """seed: actions of the same user and second in a random order; 0 = in the order of the file"""
     cold_items: float = 0.0
     """share of the items to keep out of training and to be the test items, for a cold-start evaluation"""
+    ctr_split: Literal["time", "random", "own"] | None = None
+    """what trains, validates and tests a ranker, 8:1:1: by the span of time, at random, or as the column
+    split says [default with task=ctr: own where there is that column, else time]; with task=matching: learn
+    from the training part alone, for --init_from"""
+    ctr_history: Literal["past", "train"] | None = None
+    """ctr: an impression sees all that its user did before it, or of that only what trains [default: past
+    with ctr_split=time, else train]"""
+    positive_from: float = 4.0
+    """ctr: a rating of this or more is positive (a column label says it itself)"""
+    drop_rating: float | None = None
+    """ctr: drop what was rated so"""
+    min_positives: int = 0
+    """ctr: drop users and items with fewer positives, until all have them"""
+    utc_offset: float = 0.0
+    """hours that the days of ctr_split=time are ahead of UTC"""
+    split_seed: int = 0
+    """of ctr_split=random"""
     unordered_ok: bool = False
     """accept ml-1m-m1 without ratings.dat, although its lists are not in order of time"""
 
     def __post_init__(self):
         positive(self, "min_item_count")
-        not_negative(self, "shuffle_ties")
+        not_negative(self, "shuffle_ties", "min_positives", "split_seed")
+        for name in ("positive_from", "drop_rating", "utc_offset"):
+            finite(self, name)
         probability(self, "cold_items")
 
     @property
@@ -147,8 +173,7 @@ class LossConfig:
     def __post_init__(self):
         positive(self, "num_negatives", "time_weight")
         probability(self, "gbce_t", closed=True)
-        if self.negative_below is not None and not math.isfinite(self.negative_below):
-            raise UserError(f"--negative_below={self.negative_below} must be a number")
+        finite(self, "negative_below")
 
 
 @dataclass
@@ -181,6 +206,8 @@ class TrainConfig:
     """stop after this many epochs without a better validation NDCG@10; 0 = never"""
     seed: int = 0
     """of initial weights, order, dropout and negatives"""
+    init_from: str | None = None
+    """start from the weights of this checkpoint that this model has, too: matching can start a ranker"""
     compile: bool = False
     """torch.compile the blocks (first steps take a minute)"""
     random_windows: float = 0.0
@@ -249,6 +276,7 @@ class Config:
 SECTIONS = {field.name: field.type for field in fields(Config)}
 
 
+IMPRESSIONS = {"task": ("ctr",), "ctr_split": ("time", "random", "own")}
 # A setting other than its default has an effect only where one of these others has one of these values.
 NEEDS = {
     "n_kv_heads": {"model_name": ("llama",)},
@@ -263,7 +291,17 @@ NEEDS = {
     "gbce_t": {"loss": ("gbce",)},
     "temperature": {"scores": ("cosine",)},
     "lr_min": {"schedule": ("cosine",)},
+    "ctr_history": {"task": ("ctr",)},
+    "positive_from": IMPRESSIONS,
+    "drop_rating": IMPRESSIONS,
+    "min_positives": IMPRESSIONS,
+    "utc_offset": {"ctr_split": ("time",)},
+    "split_seed": {"ctr_split": ("random",)},
 }
+NO_RANKER = (
+    "cold_items", "time_head", "request_time", "scores", "loss", "num_negatives", "share_negatives",
+    "exclude_history", "negative_below", "filter_seen",
+)  # fmt: skip
 
 
 def build_config(values: dict) -> Config:
@@ -274,7 +312,8 @@ def build_config(values: dict) -> Config:
     }
     cfg = Config(**sections)
     flat, defaults = cfg.flat(), {f.name: f.default for cls in SECTIONS.values() for f in fields(cls)}
-    for name, others in NEEDS.items():
+    matching = {name: {"task": ("matching",)} for name in NO_RANKER}
+    for name, others in [*NEEDS.items(), *matching.items()]:
         if flat[name] != defaults[name] and not any(
             flat[other] in useful for other, useful in others.items()
         ):
@@ -337,3 +376,9 @@ def probability(cfg, name: str, closed: bool = False) -> None:
     value = getattr(cfg, name)
     if not (0 <= value < 1 or (closed and value == 1)):
         raise UserError(f"--{name}={value} must be between 0 and 1")
+
+
+def finite(cfg, name: str) -> None:
+    value = getattr(cfg, name)
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"--{name}={value} must be a number")

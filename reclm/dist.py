@@ -121,7 +121,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     # Buffers are the same on all ranks from the start.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -78,55 +78,78 @@ class HSTUBlock(nn.Module):
         """(B, T, D) -> (B, T, D), with model.Context; position t sees positions <= t, at most W of them."""
         normed = self.attention_norm(x)
         wanted = ctx.wanted(normed)
-        heads = (self.cfg.n_heads, self.cfg.dim // self.cfg.n_heads)
         u = F.silu(self.wu(wanted))  # (B, T, D)
-        q = F.silu(self.wq(wanted)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
-        k = F.silu(self.wk(normed)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
-        v = F.silu(self.wv(normed)).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, Dh)
-        out = self.attend_in_parts(q, k, v, ctx).transpose(1, 2).flatten(2)  # (B, T, D)
+        q, k, v = self.heads(self.wq(wanted)), self.heads(self.wk(normed)), self.heads(self.wv(normed))
+        if ctx.memory is None:
+            out = self.attend_in_parts(q, k, v, ctx)  # (B, H, T, Dh)
+        else:  # candidates, each behind the part of the history that it sees
+            out = self.attend_in_parts(q, *ctx.memory, ctx, own=torch.stack([k, v], dim=1))
+        out = out.transpose(1, 2).flatten(2)  # (B, T, D)
         return ctx.wanted(x) + self.wo(self.dropout(self.output_norm(out) * u))
 
+    def remember(self, x: Tensor, ctx) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, Dh) of a history (B, T, D)."""
+        normed = self.attention_norm(x)
+        return self.heads(self.wk(normed)), self.heads(self.wv(normed))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> SiLU of it, (B, H, T, Dh)"""
+        return F.silu(x).unflatten(-1, (self.cfg.n_heads, -1)).transpose(1, 2)
+
     @torch.compiler.disable  # its loops are over sizes that change with every batch
-    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, ctx) -> Tensor:
+    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, ctx, own: Tensor | None = None) -> Tensor:
         """`attend` on a few sequences and queries at a time: most scores of the future are not computed.
         Where there are many they are not kept, either, but computed again in the backward pass: then they
         take SCORES numbers, whatever B and T are."""
         batch, heads, length, _ = k.shape
-        asked = (
-            torch.arange(length, device=q.device).expand(batch, -1) if ctx.last is None else ctx.last[:, None]
-        )
-        inputs = [q, k, v, asked] + ([] if ctx.times is None else [ctx.query_times, ctx.times])
+        everywhere = torch.arange(length, device=q.device).expand(batch, -1)
+        asked = everywhere if ctx.last is None else ctx.last[:, None]
+        inputs = {"q": q, "k": k, "v": v, "asked": asked if own is None else ctx.position}
+        if own is not None:
+            inputs["own"] = own
+        if ctx.times is not None:
+            inputs |= {"query_times": ctx.query_times, "times": ctx.times}
         scale = part_scale(q)
         size = max(1, scale * SCORES // (heads * min(scale * ROWS, q.shape[2]) * length))
-        parts = zip(*(tensor.split(size) for tensor in inputs), strict=True)
+        parts = zip(*(tensor.split(size) for tensor in inputs.values()), strict=True)
         attend = self.attend
         if batch * heads * q.shape[2] * length > scale * KEPT_SCORES:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([self.attend_in_rows(attend, *part) for part in parts])
+        parts = (dict(zip(inputs, part, strict=True)) for part in parts)
+        return torch.cat([self.attend_in_rows(attend, **part) for part in parts])
 
-    def attend_in_rows(self, attend, q, k, v, asked, query_times=None, times=None) -> Tensor:
+    def attend_in_rows(self, attend, q, k, v, asked, own=None, **clock) -> Tensor:
         """asked (b, queries): the position of each query; query_times (b, queries) and times (b, t): when
         it is asked and when the keys happened. The rest as for `attend`."""
         step = part_scale(q) * ROWS
-        all_asked = q.shape[2] == k.shape[2]
+        all_asked = own is None and q.shape[2] == k.shape[2]
         asked = asked[:1] if all_asked else asked  # then it is the same for all sequences
         rows = []
         for first in range(0, q.shape[2], step):
             r = slice(first, first + step)
             t = slice(0, first + step if all_asked else None)
-            clock = () if times is None else (query_times[:, r], times[:, t])
-            inputs = (q[:, :, r], k[:, :, t], v[:, :, t], asked[:, r], *clock)
-            rows.append(attend(*inputs))
+            part = {"own": own[..., r, :]} if own is not None else {}
+            if clock:
+                part |= {"query_times": clock["query_times"][:, r], "times": clock["times"][:, t]}
+            rows.append(attend(q[:, :, r], k[:, :, t], v[:, :, t], asked[:, r], **part))
         return torch.cat(rows, dim=2)
 
-    def attend(self, q, k, v, asked, query_times=None, times=None) -> Tensor:
-        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) -> (b, H, r, Dh)."""
+    def attend(self, q, k, v, asked, own=None, query_times=None, times=None) -> Tensor:
+        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) -> (b, H, r, Dh). With the `own` keys and values of
+        candidates, (b, 2, H, r, Dh), each sees the keys before it, and itself."""
         age = asked[:, :, None] - torch.arange(k.shape[2], device=k.device)  # (1 or b, r, t)
         passed = None if times is None else query_times[:, :, None] - times[:, None]  # (b, r, t)
         scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)
-        seen = (age >= 0) & (age < (self.cfg.window or k.shape[2]))  # (1 or b, r, t)
+        youngest = 0 if own is None else 1
+        seen = (age >= youngest) & (age < (self.cfg.window or k.shape[2] + youngest))  # (1 or b, r, t)
         if self.cfg.attention_norm == "length":
-            count = seen.sum(-1, keepdim=True)[:, None]  # (1 or b, 1, r, 1)
+            count = youngest + seen.sum(-1, keepdim=True)[:, None]  # (1 or b, 1, r, 1)
         else:
             count = self.cfg.max_len
-        return (F.silu(scores) * seen[:, None] / count) @ v
+        out = (F.silu(scores) * seen[:, None] / count) @ v
+        if own is not None:
+            k, v = own.unbind(1)
+            now = age.new_zeros(1, 1, 1)
+            bias = self.relative_bias(now, None if times is None else now)  # (1, 1, 1)
+            out = out + F.silu((q * k).sum(-1, keepdim=True) + bias) / count * v
+        return out

@@ -36,6 +36,7 @@ class Vocabulary:
     num_actions: int = 0  # kinds of feedback; 0 where it is not known or not asked for
     features: dict[str, np.ndarray] = field(default_factory=dict)  # of items; see reclm/features.py
     cold_items: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # never trained
+    num_contexts: int = 0  # what else is known when an item is shown; 0 where nothing is
 
 
 def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +62,15 @@ class Inputs(nn.Module):
         self.action_embedding = None
         if cfg.action_embedding:
             self.action_embedding = nn.Embedding(vocabulary.num_actions + 1, cfg.dim, padding_idx=0)
+        self.context_embedding = None
+        if vocabulary.num_contexts:
+            self.context_embedding = nn.Embedding(vocabulary.num_contexts + 1, cfg.dim, padding_idx=0)
 
     @property
     def max_tokens(self) -> int:
-        """The longest row."""
+        """The longest row, with room for a candidate behind it."""
         per_action = BLOCK if self.has_time_tokens else 1
-        return len(self.first_profile) + per_action * (self.cfg.max_len + self.has_time_tokens)
+        return len(self.first_profile) + per_action * (self.cfg.max_len + 1)
 
     def forward(self, row: dict[str, Tensor], item_table: Tensor) -> Tensor:
         """A row as `lay_out` makes it, and the item table (V, D) -> (B, S, D)"""
@@ -75,23 +79,57 @@ class Inputs(nn.Module):
             table = torch.cat([item_table, self.token_embedding.weight])
         x = F.embedding(row["token_ids"], table, padding_idx=PADDING)  # (B, S, D)
         if self.position_embedding is not None:
-            is_action = (row["kinds"] == ITEM).long()
-            before = row["num_before"][:, None] + is_action.cumsum(1) - is_action
-            x = x + self.position_embedding(before)
+            x = x + self.position_embedding(row["before"])
         if self.time_embedding is not None:
             x = x + self.time_embedding(row)
         if self.action_embedding is not None:
             x = x + self.action_embedding(row["actions"])
+        if self.context_embedding is not None:
+            x = x + self.context_embedding(row["contexts"])
         return x
 
     def lay_out(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """A batch with T actions a sequence -> the same as S tokens, and `queries`:
 
-        token_ids, kinds (B, S) and, where the batch has them, actions, timestamps, next_timestamps (B, S);
+        token_ids, kinds (B, S), how many actions came `before` each and, where the batch has them, actions,
+        contexts, timestamps, next_timestamps, and the differences of times since_last and until_next (B, S);
         (B, T), the position whose output predicts what follows each action, None where that is its own."""
         ids = batch["item_ids"]  # (B, T)
         if self.token_embedding is None:
-            return batch | {"token_ids": ids, "kinds": (ids != PADDING).long() * ITEM}, None
+            row, queries = batch | {"token_ids": ids, "kinds": (ids != PADDING).long() * ITEM}, None
+        else:
+            row, queries = self.insert_tokens(batch)
+        if self.position_embedding is not None:
+            is_action = (row["kinds"] == ITEM).long()
+            row["before"] = row["num_before"][:, None] + is_action.cumsum(1) - is_action
+        if "timestamps" in row:
+            times = row["timestamps"]
+            row["since_last"] = times.diff(dim=1, prepend=times[:, :1])  # (B, S), 0 for the first token
+            row["until_next"] = row["next_timestamps"] - times
+        return row, queries
+
+    def lay_out_candidates(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with C candidates a sequence -> a token for each, as the next action of the history that
+        it sees, but with a feedback that is not known: the fields of `lay_out` (B, C), and the `position`
+        of each in the row."""
+        seen = batch["candidate_seen"]  # (B, C)
+        row = {
+            "token_ids": batch["candidate_ids"],
+            "actions": torch.zeros_like(seen),
+            "before": batch["num_before"][:, None] + seen,
+            "position": len(self.first_profile) + seen,
+        }
+        if "candidate_times" in batch:
+            last = batch["timestamps"].gather(1, (seen - 1).clamp(min=0))  # (B, C)
+            row["timestamps"] = batch["candidate_times"]
+            row["since_last"] = (batch["candidate_times"] - last) * (seen > 0)
+        if "candidate_contexts" in batch:
+            row["contexts"] = batch["candidate_contexts"]
+        return row
+
+    def insert_tokens(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """For `lay_out`: the row of a vocabulary with tokens that are no items."""
+        ids = batch["item_ids"]  # (B, T)
         prefix, body = [], [ids[..., None]]  # each (B, n), and (B, T, n); 0 where there is no token
         if len(self.first_profile):
             prefix.append(batch["profiles"] + self.first_profile)
@@ -124,9 +162,10 @@ class Inputs(nn.Module):
             first, after = batch["timestamps"][:, :1], batch["next_timestamps"]
             row["timestamps"] = by_action("timestamps", first, after)
             row["next_timestamps"] = by_action("next_timestamps", first, after)
-        if "actions" in batch:
-            none = torch.zeros_like(batch["actions"])
-            row["actions"] = by_action("actions", none[:, :1], none)
+        none = torch.zeros_like(ids)
+        for name in ("actions", "contexts"):
+            if name in batch:
+                row[name] = by_action(name, none[:, :1], none)
         query = width + (step - 1 if self.cfg.request_time else 0)
         return row, positions[:, query::step]
 

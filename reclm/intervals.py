@@ -23,11 +23,9 @@ class TimeEmbedding(nn.Module):
         self.since_last_embedding = nn.Embedding(NUM_BUCKETS, cfg.dim)
         self.until_next_embedding = nn.Embedding(NUM_BUCKETS, cfg.dim) if cfg.request_time else None
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """timestamps and next_timestamps (B, T) in seconds -> (B, T, D)"""
-        times = batch["timestamps"]
-        since_last = times.diff(dim=1, prepend=times[:, :1])  # (B, T), 0 for the first action
-        x = self.since_last_embedding(log_buckets(since_last))
+    def forward(self, row: dict[str, Tensor]) -> Tensor:
+        """since_last, and with `request_time` until_next, (B, T) in seconds -> (B, T, D)"""
+        x = self.since_last_embedding(log_buckets(row["since_last"]))
         if self.until_next_embedding is not None:
-            x = x + self.until_next_embedding(log_buckets(batch["next_timestamps"] - times))
+            x = x + self.until_next_embedding(log_buckets(row["until_next"]))
         return x

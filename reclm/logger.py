@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reclm import dist
+from reclm.metrics import chooses
 
 
 def say(text: str = "") -> None:
@@ -82,16 +83,17 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
-    """Training loss and validation NDCG@10 by epoch, as a PNG."""
+    """Training loss and the validation metric that chooses, by epoch, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: row["valid/NDCG@10"])
+    best = max(history, key=lambda row: chooses(row, "valid/")[1])
+    metric = f"valid/{chooses(best, 'valid/')[0]}"
     titles = {
         "loss": "training loss per target",
-        "valid/NDCG@10": f"validation NDCG@10, best {best['valid/NDCG@10']:.4f} at epoch {best['epoch']}",
+        metric: f"{metric.replace('/', 'ation ')}, best {best[metric]:.4f} at epoch {best['epoch']}",
     }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)

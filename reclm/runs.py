@@ -14,6 +14,7 @@ from reclm import dist
 from reclm.checkpoint import load_checkpoint
 from reclm.config import SECTIONS, Config, ModelConfig
 from reclm.errors import UserError
+from reclm.impressions import SPLITS
 from reclm.metrics import CUTOFFS
 
 ROOT = Path("runs")
@@ -118,6 +119,8 @@ def dump_config(cfg: Config) -> str:
 def describe_data(dataset, cfg: ModelConfig) -> str:
     """What is trained on, and what the model gets to know of it. Raises UserError."""
     notes = list(dataset.notes)
+    if cfg.task == "ctr":
+        return "\n".join([*describe_impressions(dataset), *(f"NOTE: {note}" for note in notes)])
     for name in ("request_time", "time_tokens", "time_head"):
         if getattr(cfg, name) not in (False, "none") and not len(dataset.timestamps):
             raise UserError(f"--{name} needs timestamps, but {dataset.name} has none: leave it out")
@@ -131,6 +134,18 @@ def describe_data(dataset, cfg: ModelConfig) -> str:
         f"protocol: {dataset.protocol}",
     ]
     return "\n".join(lines + [f"NOTE: {note}" for note in notes])
+
+
+def describe_impressions(dataset) -> list[str]:
+    parts = []
+    for split, number in SPLITS.items():
+        labels = dataset.labels[dataset.splits == number]
+        parts.append(f"{split} {len(labels):,} ({labels.mean():.1%} positive)")
+    return [
+        f"data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, impressions to "
+        + ", ".join(parts),
+        f"protocol: {dataset.protocol}",
+    ]
 
 
 def describe_model(model: torch.nn.Module, num_steps: int, num_tokens: int) -> str:
@@ -181,8 +196,20 @@ def commit() -> str:
     return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
+def format_epoch(row: dict[str, float]) -> str:
+    names = ("HR@10", "NDCG@10") if "valid/HR@10" in row else ("AUC", "logloss")
+    metrics = "  ".join(f"{name} {row[f'valid/{name}']:.4f}" for name in names if f"valid/{name}" in row)
+    return (
+        f"epoch {row['epoch']:3d}   loss {row['loss']:.4f}   valid {metrics}   "
+        f"{row['train_seconds']:.1f} s + {row['eval_seconds']:.1f} s   "
+        f"{row['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
 def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
     """A small table: one column a cut-off."""
+    if cfg.model.task == "ctr":
+        return format_clicks(title, metrics)
     seen = "seen items left out" if cfg.eval.filter_seen else "seen items kept in"
     request = ", request time known" if cfg.model.request_time else ""
     rows = [f"\n{title} (all users x all items, {seen}{request})"]
@@ -205,6 +232,16 @@ def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
         for what, key in (("model", ""), ("last gap", "_last_gap"), ("user's mean", "_user_mean")):
             values = (metrics[f"{name}{key}"] for name in ("time_NLL", "time_MAE"))
             rows.append(what.rjust(22) + "  " + "".join(f"{value:9.4f}" for value in values))
+    return "\n".join(rows)
+
+
+def format_clicks(title: str, metrics: dict[str, float]) -> str:
+    rows = [f"\n{title} ({metrics['impressions']:,} impressions, {metrics['positives']:.1%} positive)"]
+    for name in ("AUC", "GAUC", "logloss", "NE"):
+        value = f"{metrics[name]:9.4f}" if name in metrics else "not defined: there is one class only"
+        rows.append(f"{name:>8} {value}")
+    if "GAUC" in metrics:
+        rows[2] += f"   of {metrics['users of GAUC']:,} users with both classes"
     return "\n".join(rows)
 
 

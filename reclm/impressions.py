@@ -1,0 +1,130 @@
+"""Click-through data: what was shown to whom, was it liked, and does it train, validate or test?
+
+An impression is a row of the table of interactions, with a label 0 or 1. Its history is what the user did
+before it, as far as that may be known (`order_impressions`)."""
+
+import numpy as np
+import pandas as pd
+
+from reclm.config import DataConfig
+from reclm.errors import UserError
+
+SPLITS = {"train": 0, "valid": 1, "test": 2}
+SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
+DAY = 86400
+
+
+def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
+    """Interactions in file order -> those that count, with the columns `label` (0 or 1), `split` (of SPLITS)
+    and `in_history` (bool: may a later impression know of it?); the protocol in words, and notes. Raises
+    UserError."""
+    protocol, notes = ["CTR"], []
+    if cfg.drop_rating is not None:
+        table = table[rating_of(table, "drop_rating") != cfg.drop_rating]
+        protocol.append(f"ratings of {cfg.drop_rating:g} dropped")
+    if "label" in table:
+        label = table["label"].astype(np.int8)
+    else:
+        label = (rating_of(table, "task=ctr") >= cfg.positive_from).astype(np.int8)
+        protocol.append(f"ratings of {cfg.positive_from:g} or more are positive")
+    table = table.assign(label=label)
+    if cfg.min_positives:
+        table = positive_core(table, cfg.min_positives)
+        protocol.append(f"users and items with {cfg.min_positives} positives or more")
+    if table.empty:
+        raise UserError("no interaction is left: use a lower --min_positives or no --drop_rating")
+    how = cfg.ctr_split or ("own" if "split" in table else "time")
+    splitter, words = SPLITTERS[how]
+    protocol.append(words)
+    table = table.assign(split=splitter(table, cfg))
+    if how == "time":
+        train = table[table["split"] == SPLITS["train"]]
+        known = table["user"].isin(train["user"]) & table["item"].isin(train["item"])
+        notes.append(
+            f"{(~known).sum():,} held-out impressions of users or items that never train are dropped"
+        )
+        table = table[known]
+    else:
+        notes.append(f"--ctr_split={how}: what trains may be later than what is tested, so the future leaks")
+    past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
+    protocol.append("all that its user did before" if past else "what its user did before, of what trains,")
+    protocol[-1] += " is known of an impression"
+    in_history = past | (table["split"] == SPLITS["train"])
+    for name, number in SPLITS.items():
+        if not (table["split"] == number).any():
+            raise UserError(
+                f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data for this split"
+            )
+    return table.assign(in_history=in_history), "; ".join(protocol), notes
+
+
+PURPOSES = {"train": "train on", "valid": "validate with", "test": "test with"}
+
+
+def rating_of(table: pd.DataFrame, flag: str) -> pd.Series:
+    if "rating" not in table:
+        raise UserError(f"--{flag} needs ratings or labels, but the data have neither")
+    return table["rating"]
+
+
+def positive_core(table: pd.DataFrame, least: int) -> pd.DataFrame:
+    """The largest part of the table in which each user and each item has `least` positives or more."""
+    size = None
+    while size != len(table):
+        size = len(table)
+        positives = table[table["label"] == 1]
+        users, items = (positives[name].value_counts() for name in ("user", "item"))
+        enough_of_user = table["user"].map(users).fillna(0) >= least
+        enough_of_item = table["item"].map(items).fillna(0) >= least
+        table = table[enough_of_user & enough_of_item]
+    return table
+
+
+def split_by_time(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
+    """Whole days: the first 80 % of the SPAN of time train, the next 10 % validate, the rest tests."""
+    if "timestamp" not in table:
+        raise UserError("--ctr_split=time needs timestamps, but the data have none: use --ctr_split=random")
+    days = (table["timestamp"].to_numpy() + 3600 * cfg.utc_offset) // DAY
+    days -= days.min()
+    bounds = np.cumsum(list(SHARES.values()))[:-1] * days.max()
+    return np.searchsorted(bounds, days, side="left").astype(np.int8)
+
+
+def split_at_random(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
+    """8:1:1."""
+    order = np.random.default_rng(cfg.split_seed).permutation(len(table))
+    bounds = np.round(np.cumsum(list(SHARES.values()))[:-1] * len(table))
+    return np.searchsorted(bounds, order, side="right").astype(np.int8)
+
+
+def split_as_given(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
+    if "split" not in table:
+        raise UserError("--ctr_split=own needs a column split of train, valid and test: use another one")
+    return table["split"].map(SPLITS).to_numpy(np.int8)
+
+
+SPLITTERS = {
+    "time": (split_by_time, "80/10/10 by the span of time, in whole days"),
+    "random": (split_at_random, "8:1:1 at random"),
+    "own": (split_as_given, "split as given"),
+}
+
+
+def order_impressions(table: pd.DataFrame, user_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A labelled table in file order and the number of each row's user -> the order of the rows, and for each
+    ordered row the number of rows, from the first of its user on, that are its history.
+
+    A user's rows: those that can be in a history, oldest first, then the others, by split and time. Ties keep
+    file order; without timestamps file order is order in time."""
+    times = table["timestamp"].to_numpy() if "timestamp" in table else np.zeros(len(table))
+    in_history = table["in_history"].to_numpy()
+    by_time = np.lexsort((times, user_index))
+    before = np.cumsum(in_history[by_time]) - in_history[by_time]  # rows of a history, over all users
+    users = user_index[by_time]
+    new_user = np.diff(users, prepend=-1) > 0
+    before -= np.maximum.accumulate(np.where(new_user, before, 0))
+    num_seen = np.empty(len(table), np.int64)
+    num_seen[by_time] = before
+    place = np.where(in_history, -1, table["split"])
+    order = np.lexsort((times, place, user_index))
+    return order, num_seen[order]

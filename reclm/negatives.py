@@ -1,0 +1,61 @@
+"""Negatives to compare a target with."""
+
+import numpy as np
+
+from reclm.config import LossConfig
+from reclm.errors import UserError
+
+
+class NegativeSampler:
+    """Uniform negatives without a loop and without rejection."""
+
+    def __init__(self, dataset, loss: LossConfig):
+        self.cfg, self.num_items = loss, dataset.num_items
+        if dataset.num_items < 2:
+            raise UserError("only 1 item in the data: there is nothing to rank")
+        if loss.exclude_history and not loss.share_negatives:
+            self.index_histories(dataset)
+
+    def index_histories(self, dataset) -> None:
+        """Sorted keys (user, item) of all distinct training interactions."""
+        lengths = dataset.train_lengths
+        owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
+        place = np.arange(len(owner)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
+        train = place < lengths[owner]
+        stride = self.num_items + 1
+        self.keys = np.unique(owner[train] * stride + dataset.item_ids[train])
+        owner, items = self.keys // stride, self.keys % stride
+        self.firsts = np.searchsorted(owner, np.arange(dataset.num_users + 1))
+        # How many items that are NOT in the history lie below each item of it; see `free_items`.
+        self.gaps = owner * stride + items - 1 - (np.arange(len(owner)) - self.firsts[owner])
+        full = np.flatnonzero(np.diff(self.firsts) >= self.num_items)
+        if len(full):
+            raise UserError(
+                f"user {dataset.users[full[0]]} has every item in the history: "
+                "no negative is left; use --exclude_history=false"
+            )
+
+    def draw(self, rng: np.random.Generator, users: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The field `negatives` for users (B,) and targets (B, T)."""
+        count = self.cfg.num_negatives
+        if self.cfg.share_negatives:
+            count = min(count, self.num_items)
+            return rng.choice(self.num_items, count, replace=False) + 1  # (N,)
+        real = targets > 0  # (B, T); drawing for these M only, the width of the batch changes nothing
+        negatives = np.zeros((*targets.shape, count), dtype=np.int64)  # (B, T, N)
+        if self.cfg.exclude_history:
+            owners = np.broadcast_to(users[:, None], targets.shape)[real]  # (M,)
+            negatives[real] = self.free_items(rng, owners, count)
+        else:  # uniform over all items but the target: draw from one fewer and step over the target
+            draws = rng.integers(1, self.num_items, (real.sum(), count))  # (M, N)
+            negatives[real] = draws + (draws >= targets[real][:, None])
+        return negatives
+
+    def free_items(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
+        """users (M,) -> (M, count), uniform over the items outside each user's history: the r-th free item
+        is 1 + r + the number of history items with at most r free items below them."""
+        users = users[:, None]
+        num_free = self.num_items - np.diff(self.firsts)[users]  # (M, 1)
+        draws = rng.integers(0, num_free, (len(users), count))
+        below = np.searchsorted(self.gaps, users * (self.num_items + 1) + draws, side="right")
+        return 1 + draws + below - self.firsts[users]
