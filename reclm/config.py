@@ -121,7 +121,7 @@ class DataConfig:
     ctr_split: Literal["time", "random", "own"] | None = None
     """what trains, validates and tests a ranker, 8:1:1: by the span of time, at random, or as the column
     split says [default with task=ctr: own where there is that column, else time]; with task=matching: learn
-    from the training part alone, for --init_from"""
+    from the training part alone, for init_from"""
     ctr_history: Literal["past", "train"] | None = None
     """ctr: an impression sees all that its user did before it, or of that only what trains [default: past
     with ctr_split=time, else train]"""

@@ -52,9 +52,7 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     in_history = past | (table["split"] == SPLITS["train"])
     for name, number in SPLITS.items():
         if not (table["split"] == number).any():
-            raise UserError(
-                f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data for this split"
-            )
+            raise UserError(f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data")
     return table.assign(in_history=in_history), "; ".join(protocol), notes
 
 
