@@ -43,6 +43,7 @@ from reclm.negatives import NegativeSampler
 from reclm.sequences import prepare
 
 HELD_OUT = {"valid": 2, "test": 1}  # the target's place, from the end of a sequence
+MAX_CANDIDATES = 1024  # of a sequence: a batch of them fits into memory
 OF_IMPRESSIONS = ("labels", "splits", "num_seen", "contexts")
 ARRAYS = ("offsets", "item_ids", "timestamps", "ratings", "users", "items", "cold_items", "profiles")
 
@@ -213,7 +214,8 @@ class Impressions:
     one split (C of them) that were shown after a part of it.
 
     A history longer than `max_len` is cut into windows, each half a window after the one before, so that
-    each candidate is in one of them and sees at least the last max_len / 2 actions before it."""
+    each candidate is in one of them and sees at least the last max_len / 2 actions before it. More than
+    MAX_CANDIDATES of one window are several sequences."""
 
     def __init__(self, dataset: Dataset, split: str, max_len: int):
         self.dataset = dataset
@@ -223,6 +225,8 @@ class Impressions:
         windows = np.maximum(0, -(-(dataset.num_seen[rows] - max_len) // stride))
         new = (np.diff(owner, prepend=-1) != 0) | (np.diff(windows, prepend=-1) != 0)
         first = np.flatnonzero(new)
+        place = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
+        first = np.flatnonzero(place % MAX_CANDIDATES == 0)
         self.users, self.first_rows = owner[first], rows[first]
         self.counts = np.diff(first, append=len(rows))  # candidates of each
         self.skipped = windows[first] * stride  # actions of the user before the window
