@@ -50,16 +50,10 @@ def main() -> None:
 
 
 def evaluate_checkpoint(said: dict) -> None:
-    """--eval_only=true: rank validation and test items with a saved model, on any number of ranks."""
+    """--eval_only=true: validation and test metrics of a saved model, on any number of ranks."""
     out_dir = runs.chosen_dir(said)
     path = checkpoint.find_checkpoint(said.get("ckpt_name", "best.pth"), out_dir)
-    state = checkpoint.load_checkpoint(path)
-    fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
-    cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
-    dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
-    say(runs.describe_data(dataset, cfg.model))
-    model = build_model(cfg, dataset)
-    checkpoint.restore_model(model, state, path, dataset)
+    cfg, dataset, model = open_checkpoint(said, path)
     result = runs.describe_run(cfg, dataset) | {"checkpoint": str(path)}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
@@ -67,6 +61,18 @@ def evaluate_checkpoint(said: dict) -> None:
     target = out_dir / f"eval-{path.stem}.json"
     write_json(target, result)
     say(f"written to {target}")
+
+
+def open_checkpoint(said: dict, path: Path) -> tuple[Config, Dataset, SequenceRecommender]:
+    """The settings of a checkpoint and what the user said beside them, its data and its model."""
+    state = checkpoint.load_checkpoint(path)
+    fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
+    cfg = build_config(checkpoint.merge_config(said, state, path, fixed))
+    dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
+    say(runs.describe_data(dataset, cfg.model))
+    model = build_model(cfg, dataset)
+    checkpoint.restore_model(model, state, path, dataset)
+    return cfg, dataset, model
 
 
 def build_model(cfg: Config, dataset: Dataset) -> SequenceRecommender:

@@ -3,13 +3,15 @@
 An impression is a row of the table of interactions, with a label 0 or 1. Its history is what the user did
 before it, as far as that may be known (`order_impressions`)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
 from reclm.config import DataConfig
 from reclm.errors import UserError
 
-SPLITS = {"train": 0, "valid": 1, "test": 2}
+SPLITS = {"train": 0, "valid": 1, "test": 2, "asked": 3}  # the last: of candidates without a label
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 DAY = 86400
 
@@ -35,7 +37,7 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
         raise UserError("no interaction is left: use a lower --min_positives or no --drop_rating")
     how = cfg.ctr_split or ("own" if "split" in table else "time")
     splitter, words = SPLITTERS[how]
-    protocol.append(words)
+    protocol.append(words.format(cfg.utc_offset))
     table = table.assign(split=splitter(table, cfg))
     if how == "time":
         train = table[table["split"] == SPLITS["train"]]
@@ -50,8 +52,8 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     protocol.append("all that its user did before" if past else "what its user did before, of what trains,")
     protocol[-1] += " is known of an impression"
     in_history = past | (table["split"] == SPLITS["train"])
-    for name, number in SPLITS.items():
-        if not (table["split"] == number).any():
+    for name in SHARES:
+        if not (table["split"] == SPLITS[name]).any():
             raise UserError(f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data")
     return table.assign(in_history=in_history), "; ".join(protocol), notes
 
@@ -102,7 +104,7 @@ def split_as_given(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
 
 
 SPLITTERS = {
-    "time": (split_by_time, "80/10/10 by the span of time, in whole days"),
+    "time": (split_by_time, "80/10/10 by the span of time, whole days at UTC{:+g}"),
     "random": (split_at_random, "8:1:1 at random"),
     "own": (split_as_given, "split as given"),
 }
@@ -126,3 +128,39 @@ def order_impressions(table: pd.DataFrame, user_index: np.ndarray) -> tuple[np.n
     place = np.where(in_history, -1, table["split"])
     order = np.lexsort((times, place, user_index))
     return order, num_seen[order]
+
+
+def ask(dataset, candidates: pd.DataFrame):
+    """The data set of a ranker and a table of candidates, user, item [, timestamp] by original ids -> the
+    data set with them as impressions of the split "asked", and the places in the table of these, in order.
+
+    Each sees all that its user did, of whatever split. Without timestamps they are shown at the last moment
+    of the data. Raises UserError."""
+    users, items = (find(candidates[name], getattr(dataset, f"{name}s"), name) for name in ("user", "item"))
+    order = np.argsort(users, kind="stable")
+    users, items = users[order], items[order]
+    counts = np.bincount(users, minlength=dataset.num_users)
+    new = {"item_ids": items + 1, "splits": SPLITS["asked"], "num_seen": dataset.lengths[users], "labels": 0}
+    if len(dataset.timestamps):
+        last = dataset.timestamps.max()
+        new["timestamps"] = candidates["timestamp"].to_numpy()[order] if "timestamp" in candidates else last
+    new |= {name: 0 for name in ("ratings", "actions", "contexts") if len(getattr(dataset, name))}
+    owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
+    by_time = np.lexsort((dataset.timestamps, owner)) if len(dataset.timestamps) else np.arange(len(owner))
+    behind = dataset.offsets[users + 1]
+    arrays = {name: np.insert(getattr(dataset, name)[by_time], behind, value) for name, value in new.items()}
+    offsets = dataset.offsets + np.concatenate([[0], np.cumsum(counts)])
+    return replace(dataset, offsets=offsets, **arrays), order
+
+
+def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
+    """Original ids -> their places in the sorted ids `known`. Raises UserError."""
+    numbers = pd.to_numeric(ids, errors="coerce") if known.dtype.kind == "i" else ids
+    places = pd.Index(known).get_indexer(numbers)
+    missing = np.flatnonzero(places < 0)
+    if len(missing):
+        raise UserError(
+            f"candidate {missing[0] + 1} names the {what} {ids.iloc[missing[0]]}, which is not in the data "
+            f"({len(missing):,} candidates are not): drop it"
+        )
+    return places

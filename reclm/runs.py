@@ -14,7 +14,7 @@ from reclm import dist
 from reclm.checkpoint import load_checkpoint
 from reclm.config import SECTIONS, Config, ModelConfig
 from reclm.errors import UserError
-from reclm.impressions import SPLITS
+from reclm.impressions import SHARES, SPLITS
 from reclm.metrics import CUTOFFS
 
 ROOT = Path("runs")
@@ -138,8 +138,8 @@ def describe_data(dataset, cfg: ModelConfig) -> str:
 
 def describe_impressions(dataset) -> list[str]:
     parts = []
-    for split, number in SPLITS.items():
-        labels = dataset.labels[dataset.splits == number]
+    for split in SHARES:
+        labels = dataset.labels[dataset.splits == SPLITS[split]]
         parts.append(f"{split} {len(labels):,} ({labels.mean():.1%} positive)")
     return [
         f"data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, impressions to "
