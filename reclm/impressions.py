@@ -55,6 +55,12 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     for name in SHARES:
         if not (table["split"] == SPLITS[name]).any():
             raise UserError(f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data")
+    trained = table["label"][table["split"] == SPLITS["train"]]
+    if trained.nunique() < 2:
+        raise UserError(
+            f"all {len(trained):,} impressions that train have the label {trained.iloc[0]}: there is nothing "
+            "to learn; use another --positive_from"
+        )
     return table.assign(in_history=in_history), "; ".join(protocol), notes
 
 

@@ -1,0 +1,200 @@
+"""--task=ctr from end to end: ranks, files, starting from a matching run, ranking own candidates."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from launch import MAIN, TINY, environment, here, read_json, read_state, snapshot, torchrun, write_csv
+from sklearn.metrics import roc_auc_score
+from test_bad_input import assert_refused
+
+from data import load_dataset
+from evaluate import score_impressions
+from main import open_checkpoint
+from reclm import impressions
+from reclm.config import DataConfig
+
+SPLIT = ["--dataset=tiny.csv", "--ctr_split=random"]
+MODEL = [flag for flag in TINY if "num_negatives" not in flag]
+CTR = [*MODEL, *SPLIT, "--task=ctr"]
+SCRIPT = MAIN.parent / "scripts" / "rank.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A ranker trained on two ranks, in `run`, and a matching run on the same rows, in `matching`."""
+    cwd = tmp_path_factory.mktemp("ctr")
+    write_csv(cwd / "tiny.csv")
+    same = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=run"]
+    shown = torchrun(2, *CTR, *same, cwd=cwd).ok().stdout
+    assert shown.count("TEST, best validation epoch") == shown.count("protocol: CTR;") == 1
+    here(*MODEL, *SPLIT, "--num_epochs=1", "--out_dir=matching", cwd=cwd).ok()
+    return cwd
+
+
+@pytest.fixture
+def work(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "work", symlinks=True))
+
+
+def test_the_number_of_ranks_changes_no_metric(work):
+    """Trained and evaluated on two ranks; evaluated on one, without saying the task again."""
+    result = read_json(work / "run" / "result.json")
+    here("--eval_only=true", "--out_dir=run", cwd=work).ok()
+    again = read_json(work / "run" / "eval-best.json")
+    assert again["test"] == result["test"] and again["valid"] == result["valid"]
+    assert result["test"].keys() >= {"AUC", "GAUC", "logloss", "NE"}
+    alone = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=alone"]
+    here(*CTR, *alone, cwd=work).ok()
+    for split in ("valid", "test"):
+        ours = read_json(work / "alone" / "result.json")[split]
+        assert ours == pytest.approx(result[split], abs=1e-4)
+
+
+def test_auc_is_that_of_scikit_learn_on_the_same_scores(work, monkeypatch):
+    monkeypatch.chdir(work)
+    cfg, dataset, model = open_checkpoint({}, Path("run/best.pth"))
+    logits, labels, users = score_impressions(model, dataset, "test", cfg.eval)
+    table = pd.read_csv("tiny.csv")
+    assert abs(len(logits) - 0.1 * len(table)) <= 1 and len(logits) == (dataset.splits == 2).sum()
+    wanted = roc_auc_score(labels.numpy(), logits.numpy())
+    assert read_json(work / "run" / "result.json")["test"]["AUC"] == pytest.approx(wanted, abs=1e-12)
+    rows = np.flatnonzero(dataset.splits == 2)
+    assert (dataset.ratings[rows] >= 4).tolist() == labels.bool().tolist()
+    assert (np.repeat(np.arange(40), dataset.lengths)[rows] == users.numpy()).all()
+
+
+def test_a_resumed_ranker_ends_in_the_same_weights(work):
+    flags = [*CTR, "--schedule=constant", "--batch_size=3"]
+    here(*flags, "--num_epochs=2", "--out_dir=whole", cwd=work).ok()
+    here(*flags, "--num_epochs=1", "--out_dir=part", cwd=work).ok()
+    here(*flags, "--num_epochs=2", "--out_dir=part", "--resume=auto", cwd=work).ok()
+    ours, whole = (read_state(work / name / "last.pth")["model"] for name in ("part", "whole"))
+    assert all(torch.equal(ours[name], weight) for name, weight in whole.items())
+
+
+def test_a_split_with_one_class_has_no_auc_but_a_logloss(work):
+    rows = [
+        f"u{u},i{(u + t) % 9},{int(t % 2 or t > 5)},{('train', 'valid', 'test')[max(0, t - 5)]}"
+        for u in range(30)
+        for t in range(8)
+    ]
+    (work / "own.csv").write_text("\n".join(["user,item,label,split", *rows]) + "\n")
+    shown = here(*MODEL, "--dataset=own.csv", "--task=ctr", "--num_epochs=2", "--out_dir=own", cwd=work).ok()
+    result = read_json(work / "own" / "result.json")
+    assert "AUC" not in result["test"] and 0 < result["test"]["logloss"] < 2
+    assert re.search(r"AUC not defined: there is one class only\n", shown.stdout)
+    losses = [row["valid/logloss"] for row in read_state(work / "own" / "last.pth")["history"]]
+    assert result["best_epoch"] == int(np.argmin(losses))
+
+
+# ---------------------------------------------------------------- starting from a matching run
+
+
+def test_a_ranker_starts_from_the_weights_of_a_matching_run(work):
+    frozen = ["--init_from=matching/best.pth", "--num_epochs=1", "--lr=1e-30", "--out_dir=started"]
+    shown = here(*CTR, *frozen, cwd=work).ok()
+    assert "started from matching/best.pth" in shown.stdout and "new: click_head, inputs" in shown.stdout
+    ours, theirs = (read_state(work / name / "best.pth")["model"] for name in ("started", "matching"))
+    assert set(theirs) < set(ours)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+INIT = [*CTR, "--num_epochs=1", "--init_from=matching/best.pth"]
+REFUSED = {
+    "no such start": ([*CTR, "--init_from=none.pth"], ["--init_from=none.pth", "no such file"]),
+    "start of another width": ([*INIT, "--dim=32"], ["--init_from=matching/best.pth", "--dim"]),
+    "start that saw the test": ([*INIT, "--split_seed=1"], ["split_seed=0", "split_seed=1"]),
+    "start from other rows": ([*INIT, "--dataset=more.csv"], ["other users or items"]),
+    "one day": ([*CTR, "--ctr_split=time"], ["validate with", "--ctr_split=time"]),
+    "no ratings": ([*CTR, "--dataset=bare.csv"], ["--task=ctr", "ratings"]),
+    "no column split": ([*CTR, "--ctr_split=own"], ["--ctr_split=own", "column split"]),
+    "nothing left": ([*CTR, "--min_positives=99"], ["--min_positives"]),
+    "not finite": ([*CTR, "--positive_from=nan"], ["--positive_from"]),
+    "one class trained": ([*CTR, "--positive_from=9"], ["--positive_from"]),
+    "a loss": ([*CTR, "--loss=softmax"], ["--loss=softmax", "--task=ctr"]),
+    "time tokens": ([*CTR, "--time_tokens=tokens"], ["--time_tokens=tokens"]),
+    "rules without a task": ([*MODEL, "--dataset=tiny.csv", "--positive_from=3"], ["--positive_from=3"]),
+    "another task": (["--eval_only=true", "--task=ctr", "--out_dir=matching"], ["task=ctr", "task=matching"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(work, case):
+    flags, named = REFUSED[case]
+    write_csv(work / "more.csv", num_users=41)
+    lines = [",".join(line.split(",")[:2]) for line in (work / "tiny.csv").read_text().splitlines()]
+    (work / "bare.csv").write_text("\n".join(lines))
+    before = snapshot(work)
+    assert_refused(here(*flags, cwd=work), *named)
+    assert snapshot(work) == before
+
+
+# ---------------------------------------------------------------- own candidates
+
+
+def rank(*flags, cwd):
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment())
+
+
+def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
+    """The same probabilities as of a row of its own for each."""
+    table = [("u3", "i7"), ("u5", "i1"), ("u3", "i1"), ("u3", "i24")]
+    (work / "c.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in table))
+    result = rank("--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth", cwd=work)
+    assert result.returncode == 0 and "4 candidates of 2 users" in result.stdout, result.stderr
+    ranked = pd.read_csv(work / "ranked.csv")
+    assert (
+        ranked["user"].tolist() == ["u3"] * 3 + ["u5"] and ranked["probability"][:3].is_monotonic_decreasing
+    )
+
+    monkeypatch.chdir(work)
+    _, dataset, model = open_checkpoint({}, Path("run/best.pth"))
+    raw = pd.read_csv("tiny.csv").sort_values("timestamp", kind="stable")
+    number = {item: i + 1 for i, item in enumerate(dataset.items)}
+    for user, item, probability in ranked.itertuples(index=False):
+        history = raw[raw["user"] == user]
+        ids = [number[i] for i in history["item"]] + [number[item]]
+        batch = {
+            "item_ids": torch.tensor([ids]),
+            "actions": torch.tensor([[*history["rating"], 0]]),
+            "lengths": torch.tensor([len(ids)]),
+            "num_before": torch.tensor([0]),
+        }
+        with torch.inference_mode():
+            logit = model.click_head(model.encode(batch)[:, -1])
+        assert float(logit.sigmoid()) == pytest.approx(probability, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [("u3,i99", ["candidate 2", "item i99"]), ("nobody,i1", ["candidate 2", "user nobody"])],
+)
+def test_unknown_candidates_are_refused(work, line, named):
+    (work / "c.csv").write_text(f"user,item\nu1,i1\n{line}\n")
+    result = rank("--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth", cwd=work)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert len(re.findall("error:.*", result.stderr)) == 1 and all(name in result.stderr for name in named)
+    assert not (work / "ranked.csv").exists()
+
+
+def test_many_candidates_of_one_user_become_several_sequences(work, monkeypatch):
+    monkeypatch.chdir(work)
+    import data
+
+    monkeypatch.setattr(data, "MAX_CANDIDATES", 3)
+    dataset = load_dataset(DataConfig(dataset="tiny.csv", ctr_split="random"), "ctr")
+    table = pd.DataFrame({"user": ["u3"] * 7 + ["u5"], "item": [f"i{i}" for i in (5, 1, 9, 2, 7, 3, 4, 8)]})
+    asked, order = impressions.ask(dataset, table)
+    shown = data.Impressions(asked, "asked", 200)
+    assert sorted(shown.counts.tolist()) == [1, 1, 3, 3]
+    batch = shown.build(np.arange(4))
+    items = batch["candidate_ids"][batch["targets"] > 0]
+    assert dataset.items[items.numpy() - 1].tolist() == table["item"].iloc[order].tolist()
