@@ -7,7 +7,7 @@ file and the line of the first bad row.
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -174,7 +174,8 @@ def _read_side_tables(files: tuple[Path, ...]) -> list[pd.DataFrame | None]:
                 f"{file} needs the column {column} and others, each once; it has: {', '.join(header)}"
             )
         text = dict.fromkeys(header, str)
-        tables.append(_read_text(file, ",", quoting=csv.QUOTE_MINIMAL, header=0, dtype=text))
+        options = {"quoting": csv.QUOTE_MINIMAL, "header": 0, "dtype": text}
+        tables.append(_read_text(file, ",", checked=(column,), **options))
     return tables
 
 
@@ -248,7 +249,12 @@ def _records(
 
 
 def _read_text(
-    file: Path, sep: str, encoding: str = "utf-8-sig", quoting: int = csv.QUOTE_NONE, **options
+    file: Path,
+    sep: str,
+    encoding: str = "utf-8-sig",
+    quoting: int = csv.QUOTE_NONE,
+    checked: Iterable[str] = COLUMNS,
+    **options,
 ) -> pd.DataFrame:
     """Read a delimited file and check every row; `options` are those of pandas.read_csv.
 
@@ -272,16 +278,18 @@ def _read_text(
         line, _ = next(islice(_records(file, sep, encoding, quoting), record, None))
         return f"{file}, line {line}"
 
-    _check_values(table, place, text_ids=not options["dtype"].keys().isdisjoint(IDS))
+    _check_values(table, place, not options["dtype"].keys().isdisjoint(IDS), checked)
     return table
 
 
-def _check_values(table: pd.DataFrame, place: Callable[[int], str], text_ids: bool) -> None:
-    """Check the columns of COLUMNS and make numbers of them, ids that may be text excepted.
+def _check_values(
+    table: pd.DataFrame, place: Callable[[int], str], text_ids: bool, checked: Iterable[str] = COLUMNS
+) -> None:
+    """Check the columns `checked` and make numbers of them, ids that may be text excepted.
 
     Raises UserError for the first bad value of a column; `place` says where a row comes from.
     """
-    for column in table.columns.intersection(list(COLUMNS)):
+    for column in table.columns.intersection(list(checked)):
         values, is_id = table[column], column in IDS
         if is_integer_dtype(values) and column != "timestamp":
             continue

@@ -52,6 +52,13 @@ def test_own_parquet(tmp_path, ids):
     assert list(data) == ["user", "item", "timestamp"]
 
 
+def test_side_tables_keep_all_columns_as_text(tmp_path):
+    file = write(tmp_path / "mine.csv", "user,item\n1,2\n")
+    write(tmp_path / "mine.users.csv", "user,rating,label,context,split\n1,PG,7,,a\n")
+    users = read_dataset(find_dataset(str(file), "unused")).users
+    assert users.to_numpy().tolist() == [["1", "PG", "7", "", "a"]]
+
+
 def test_refused_files(tmp_path, monkeypatch):
     def refused(name, content, match):
         with pytest.raises(UserError, match=match):
