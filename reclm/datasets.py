@@ -10,10 +10,11 @@ from pathlib import Path
 
 from reclm.download import (
     M1_MD5,
+    M1_REPO,
     WHEEL,
     WHEEL_FILES,
     fetch_grouplens,
-    fetch_m1,
+    fetch_hub,
     fetch_wheel,
     verify,
 )
@@ -130,17 +131,22 @@ def _find_m1(data_dir: Path, unordered_ok: bool) -> Source:
             f"the lists of ml-1m-m1 are not chronological and need {ratings} (--dataset=ml-1m "
             "downloads it); to train on them as they stand, pass --unordered_ok=true"
         )
-    if len(_existing(folder, M1_MD5)) < len(M1_MD5):
-        fetch_m1(folder)
-    for name, md5 in M1_MD5.items():
-        verify(folder / name, md5, "md5", folder / name)
-    files = _existing(folder, M1_MD5)
+    files = _hub_files(M1_REPO, M1_MD5, folder)
     if ratings.exists():
         protocol = "M1: 20-core of ratings.dat as in reczoo_m1, stable sort by time, leave-one-out"
         return Source("ml-1m-m1", protocol, (*files, ratings), "reczoo-m1")
     protocol = "M1 unordered: lists of reczoo_m1 as they stand, NOT chronological, leave-one-out"
     note = f"{ratings} is missing: ml-1m-m1 is NOT in time order, its numbers compare with no other"
     return Source("ml-1m-m1", protocol, files, "reczoo-m1", (note,))
+
+
+def _hub_files(repo: str, md5: dict[str, str], folder: Path) -> tuple[Path, ...]:
+    """The files {name: md5} in `folder`, each checked, downloaded from the hub where one is missing."""
+    if len(_existing(folder, md5)) < len(md5):
+        fetch_hub(repo, md5, folder)
+    for name in md5:
+        verify(folder / name, md5[name], "md5", folder / name)
+    return _existing(folder, md5)
 
 
 def _find_own_file(file: Path) -> Source:
