@@ -42,6 +42,7 @@ ML_100K_GENRES = (
 )
 M1_LISTS = 3  # train, validation, test
 M1_MIN_COUNT = 20
+X1_COLUMNS = {"user_id": "user", "item_id": "item", "label": "label", "tag_id": "context"}
 
 
 @dataclass
@@ -151,6 +152,20 @@ def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
     return ratings
 
 
+def _read_x1(files: tuple[Path, ...]) -> RawData:
+    """train.csv, valid.csv, test.csv, one after another; the columns of each in any order."""
+    parts = []
+    for file in files:
+        header = _csv_header(file)
+        if sorted(header) != sorted(X1_COLUMNS):
+            raise UserError(
+                f"{file} needs the columns {', '.join(X1_COLUMNS)}, each once; it has: {', '.join(header)}"
+            )
+        part = _read_text(file, ",", header=0, names=[X1_COLUMNS[name] for name in header])
+        parts.append(part[list(X1_COLUMNS.values())].assign(split=file.stem))
+    return RawData(pd.concat(parts, ignore_index=True))
+
+
 def _read_csv(files: tuple[Path, ...]) -> RawData:
     """The user's .csv or .tsv; ids stay text exactly as written ("007" is not "7")."""
     file, quoting = files[0], csv.QUOTE_MINIMAL
@@ -195,6 +210,7 @@ READERS: dict[str, Callable[[tuple[Path, ...]], RawData]] = {
     "grouplens-1m": _read_grouplens_1m,
     "sasrec-txt": _read_sasrec,
     "reczoo-m1": _read_m1,
+    "reczoo-x1": _read_x1,
     "grouplens-100k": _read_grouplens_100k,
     "recbole-100k": _read_recbole_100k,
     "csv": _read_csv,
