@@ -10,17 +10,21 @@ from pathlib import Path
 
 from reclm.download import (
     M1_MD5,
+    M1_REPO,
     WHEEL,
     WHEEL_FILES,
+    X1_ARCHIVE,
+    X1_MD5,
+    X1_REPO,
     fetch_grouplens,
-    fetch_m1,
+    fetch_hub,
     fetch_wheel,
     verify,
 )
 from reclm.errors import UserError
 from reclm.readers import READERS, RawData, wanted_columns
 
-KNOWN = ("ml-1m", "ml-1m-sasrec", "ml-1m-m1", "ml-100k")
+KNOWN = ("ml-1m", "ml-1m-sasrec", "ml-1m-m1", "ml-100k", "movielens-latest-x1")
 # Side tables first: the last file to arrive is the one whose presence means "complete".
 ML_1M_FILES = ("users.dat", "movies.dat", "ratings.dat")
 ML_100K_FILES = ("u.user", "u.item", "u.data")
@@ -53,6 +57,8 @@ def find_dataset(dataset: str | None, data_dir: str | Path, unordered_ok: bool =
         return _find_m1(data_dir, unordered_ok)
     if dataset == "ml-100k":
         return _find_ml_100k(data_dir)
+    if dataset == "movielens-latest-x1":
+        return _find_x1(data_dir)
     return _find_own_file(Path(dataset))
 
 
@@ -130,17 +136,33 @@ def _find_m1(data_dir: Path, unordered_ok: bool) -> Source:
             f"the lists of ml-1m-m1 are not chronological and need {ratings} (--dataset=ml-1m "
             "downloads it); to train on them as they stand, pass --unordered_ok=true"
         )
-    if len(_existing(folder, M1_MD5)) < len(M1_MD5):
-        fetch_m1(folder)
-    for name, md5 in M1_MD5.items():
-        verify(folder / name, md5, "md5", folder / name)
-    files = _existing(folder, M1_MD5)
+    files = _hub_files(M1_REPO, M1_MD5, folder)
     if ratings.exists():
         protocol = "M1: 20-core of ratings.dat as in reczoo_m1, stable sort by time, leave-one-out"
         return Source("ml-1m-m1", protocol, (*files, ratings), "reczoo-m1")
     protocol = "M1 unordered: lists of reczoo_m1 as they stand, NOT chronological, leave-one-out"
     note = f"{ratings} is missing: ml-1m-m1 is NOT in time order, its numbers compare with no other"
     return Source("ml-1m-m1", protocol, files, "reczoo-m1", (note,))
+
+
+def _find_x1(data_dir: Path) -> Source:
+    """The rows of reczoo/MovielensLatest_x1: was this tag given to this item by this user?"""
+    files = _hub_files(X1_REPO, X1_MD5, data_dir / "movielens-latest-x1", X1_ARCHIVE)
+    protocol = "MovielensLatest_x1: reczoo's own random split 7:2:1, no timestamps"
+    note = (
+        "the rows of movielens-latest-x1 have no time: the order of the files is taken as the order in "
+        "time, and a random split lets a model learn from the future"
+    )
+    return Source("movielens-latest-x1", protocol, files, "reczoo-x1", (note,))
+
+
+def _hub_files(repo: str, md5: dict[str, str], folder: Path, archive: str | None = None) -> tuple[Path, ...]:
+    """The files {name: md5} in `folder`, each checked, downloaded from the hub where one is missing."""
+    if len(_existing(folder, md5)) < len(md5):
+        fetch_hub(repo, md5, folder, archive)
+    for name in md5:
+        verify(folder / name, md5[name], "md5", folder / name)
+    return _existing(folder, md5)
 
 
 def _find_own_file(file: Path) -> Source:

@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +34,18 @@ WHEEL = "recbole==1.2.1"  # this wheel on PyPI carries MovieLens-100K as three p
 WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 # Side tables first: the last file to arrive is the one whose presence means "complete".
 WHEEL_FILES = ("ml-100k.user", "ml-100k.item", "ml-100k.inter")
-M1_REPO = "reczoo/Movielens1M_m1"
+M1_REPO = "reczoo/Movielens1M_m1"  # reczoo's checksums are those of the cards of its data sets
 M1_MD5 = {  # in reading order
     "train_data.json": "4229bc5369f943918103daf7fd92e920",
     "validation_data.json": "60be3b377d39806f80a43e37c94449f6",
     "test_data.json": "cdd3ad819512cb87dad2f098c8437df2",
+}
+X1_REPO = "reczoo/MovielensLatest_x1"
+X1_ARCHIVE = "MovielensLatest_x1.zip"
+X1_MD5 = {  # in reading order
+    "train.csv": "efc8bceeaa0e895d566470fc99f3f271",
+    "valid.csv": "e1930223a5026e910ed5a48687de8af1",
+    "test.csv": "54e8c6baff2e059fe067fb9b69e692d0",
 }
 
 
@@ -161,21 +168,56 @@ def run_pip(args: list[str]) -> None:
         raise UserError(f"cannot get {WHEEL} by pip download ({lines[-1]})")
 
 
-def fetch_m1(folder: Path) -> None:
-    """Put the three JSON files into `folder` from the Hugging Face hub (honours HF_ENDPOINT)."""
-    from huggingface_hub import hf_hub_download  # slow to import, and needed here only
+class _NotOnHub(UserError):
+    """The hub answers, and it has no such file."""
 
+
+def fetch_hub(repo: str, md5: dict[str, str], folder: Path, archive: str | None = None) -> None:
+    """Put the files {name: md5} of a data set of the Hugging Face hub into `folder`.
+
+    Those that the hub does not have one by one are in its zip `archive`. Honours HF_ENDPOINT.
+    """
     with _writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temp:
-        endpoint = os.environ.get("HF_ENDPOINT")
-        for name, md5 in M1_MD5.items():
-            try:
-                hf_hub_download(M1_REPO, name, repo_type="dataset", local_dir=temp, endpoint=endpoint)
-            except Exception as error:  # the hub client has many; each means "not downloaded"
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(
-                    f"cannot download {M1_REPO}/{name} ({reason}); "
-                    f"put the files into {folder} or set --data_dir"
-                ) from error
-            verify(Path(temp, name), md5, "md5", f"{M1_REPO}/{name}")
-        for name in M1_MD5:
+        if all((folder / name).exists() for name in md5):
+            return  # another run fetched them while this one waited for the lock
+        try:
+            for name in md5:
+                _from_hub(repo, name, Path(temp), folder)
+        except _NotOnHub:
+            if archive is None:
+                raise
+            _from_hub(repo, archive, Path(temp), folder)
+            _unpack(Path(temp, archive), md5, f"{repo}/{archive}", folder)
+        for name in md5:
+            verify(Path(temp, name), md5[name], "md5", f"{repo}/{name}")
+        for name in md5:
             os.replace(Path(temp, name), folder / name)
+
+
+def _from_hub(repo: str, name: str, temp: Path, folder: Path) -> None:
+    """Download one file into `temp`; a UserError asks to put it into `folder` by hand."""
+    from huggingface_hub import hf_hub_download  # slow to import, and needed here only
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        hf_hub_download(repo, name, repo_type="dataset", local_dir=temp, endpoint=endpoint)
+    except Exception as error:  # the hub client has many; each means "not downloaded"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = _NotOnHub if isinstance(error, RemoteEntryNotFoundError) else UserError
+        raise kind(
+            f"cannot download {repo}/{name} ({reason}); put the files into {folder} or set --data_dir"
+        ) from error
+
+
+def _unpack(archive: Path, names: Iterable[str], what: str, folder: Path) -> None:
+    """Put the files `names`, at whatever depth they are in the zip, beside it."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            inside = {Path(member).name: member for member in opened.namelist()}
+        _extract(archive, {name: inside[name] for name in names}, archive.parent)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(
+            f"{what} is not a whole zip with {', '.join(names)} ({error}); "
+            f"put the files into {folder} or set --data_dir"
+        ) from error

@@ -7,7 +7,7 @@ file and the line of the first bad row.
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,22 @@ from pandas.api.types import is_integer_dtype, is_string_dtype
 from reclm.errors import UserError
 
 IDS = ("user", "item")
+RATED = ("user", "item", "rating", "timestamp")  # the columns of GroupLens' files, in their order
+SPLITS = ("train", "valid", "test")
 COLUMNS = {  # the columns of interactions, and what each value must be
     "user": "an id",
     "item": "an id",
     "rating": "a number",
     "timestamp": "seconds, zero or more",
+    "label": "0 or 1",  # whether it was clicked
+    "context": "an id",  # what else is known when the item is shown: a tag, a page
+    "split": "train, valid or test",
+}
+FITS: dict[str, Callable[[pd.Series], pd.Series]] = {  # which numbers are what a value must be
+    "an id": lambda numbers: (numbers % 1 == 0) & (numbers.abs() <= 2**53),
+    "a number": lambda numbers: np.isfinite(numbers),
+    "seconds, zero or more": lambda numbers: (numbers >= 0) & (numbers < np.inf),
+    "0 or 1": lambda numbers: numbers.isin((0, 1)),
 }
 ML_100K_GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir"
@@ -31,13 +42,14 @@ ML_100K_GENRES = (
 )
 M1_LISTS = 3  # train, validation, test
 M1_MIN_COUNT = 20
+X1_COLUMNS = {"user_id": "user", "item_id": "item", "label": "label", "tag_id": "context"}
 
 
 @dataclass
 class RawData:
     """What a reader returns; ids are the original ones (int64 or str)."""
 
-    interactions: pd.DataFrame  # user, item[, rating][, timestamp in seconds]; rows in file order
+    interactions: pd.DataFrame  # user, item, and what else there is of COLUMNS; rows in file order
     users: pd.DataFrame | None = None  # user, and any columns: gender, age, occupation, zip
     items: pd.DataFrame | None = None  # item, title ("Toy Story (1995)"), genres ("Action|Comedy")
 
@@ -45,7 +57,7 @@ class RawData:
 def _read_grouplens_1m(files: tuple[Path, ...]) -> RawData:
     """ratings.dat (user::item::rating::timestamp), and users.dat, movies.dat where present."""
     path = {file.name: file for file in files}
-    ratings = _read_text(path["ratings.dat"], "::", names=list(COLUMNS))
+    ratings = _read_text(path["ratings.dat"], "::", names=RATED)
     users = items = None
     if "users.dat" in path:
         columns = ["user", "gender", "age", "occupation", "zip"]
@@ -64,7 +76,7 @@ def _read_sasrec(files: tuple[Path, ...]) -> RawData:
 def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
     """u.data (tab), and u.user, u.item (pipe) where present."""
     path = {file.name: file for file in files}
-    ratings = _read_text(path["u.data"], "\t", names=list(COLUMNS))
+    ratings = _read_text(path["u.data"], "\t", names=RATED)
     users = items = None
     if "u.user" in path:
         columns = ["user", "age", "gender", "occupation", "zip"]
@@ -82,7 +94,7 @@ def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
 def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
     """The wheel's copy of the same rows: tab-separated, with headers of its own."""
     path = {file.name: file for file in files}
-    ratings = _read_text(path["ml-100k.inter"], "\t", header=0, names=list(COLUMNS))
+    ratings = _read_text(path["ml-100k.inter"], "\t", header=0, names=RATED)
     users = items = None
     if "ml-100k.user" in path:
         columns = ["user", "age", "gender", "occupation", "zip"]
@@ -140,9 +152,24 @@ def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
     return ratings
 
 
+def _read_x1(files: tuple[Path, ...]) -> RawData:
+    """train.csv, valid.csv, test.csv, one after another; the columns of each in any order."""
+    parts = []
+    for file in files:
+        header = _csv_header(file)
+        if sorted(header) != sorted(X1_COLUMNS):
+            raise UserError(
+                f"{file} needs the columns {', '.join(X1_COLUMNS)}, each once; it has: {', '.join(header)}"
+            )
+        part = _read_text(file, ",", header=0, names=[X1_COLUMNS[name] for name in header])
+        parts.append(part[list(X1_COLUMNS.values())].assign(split=file.stem))
+    return RawData(pd.concat(parts, ignore_index=True))
+
+
 def _read_csv(files: tuple[Path, ...]) -> RawData:
     """The user's .csv or .tsv; ids stay text exactly as written ("007" is not "7")."""
-    file, quoting, text = files[0], csv.QUOTE_MINIMAL, {"user": str, "item": str}
+    file, quoting = files[0], csv.QUOTE_MINIMAL
+    text = {column: str for column, must_be in COLUMNS.items() if must_be == "an id"}
     wanted = wanted_columns(file)
     sep = _separator(file)
     table = _read_text(file, sep, quoting=quoting, header=0, usecols=wanted, dtype=text)
@@ -174,7 +201,8 @@ def _read_side_tables(files: tuple[Path, ...]) -> list[pd.DataFrame | None]:
                 f"{file} needs the column {column} and others, each once; it has: {', '.join(header)}"
             )
         text = dict.fromkeys(header, str)
-        tables.append(_read_text(file, ",", quoting=csv.QUOTE_MINIMAL, header=0, dtype=text))
+        options = {"quoting": csv.QUOTE_MINIMAL, "header": 0, "dtype": text}
+        tables.append(_read_text(file, ",", checked=(column,), **options))
     return tables
 
 
@@ -182,6 +210,7 @@ READERS: dict[str, Callable[[tuple[Path, ...]], RawData]] = {
     "grouplens-1m": _read_grouplens_1m,
     "sasrec-txt": _read_sasrec,
     "reczoo-m1": _read_m1,
+    "reczoo-x1": _read_x1,
     "grouplens-100k": _read_grouplens_100k,
     "recbole-100k": _read_recbole_100k,
     "csv": _read_csv,
@@ -248,7 +277,12 @@ def _records(
 
 
 def _read_text(
-    file: Path, sep: str, encoding: str = "utf-8-sig", quoting: int = csv.QUOTE_NONE, **options
+    file: Path,
+    sep: str,
+    encoding: str = "utf-8-sig",
+    quoting: int = csv.QUOTE_NONE,
+    checked: Iterable[str] = COLUMNS,
+    **options,
 ) -> pd.DataFrame:
     """Read a delimited file and check every row; `options` are those of pandas.read_csv.
 
@@ -272,32 +306,33 @@ def _read_text(
         line, _ = next(islice(_records(file, sep, encoding, quoting), record, None))
         return f"{file}, line {line}"
 
-    _check_values(table, place, text_ids=not options["dtype"].keys().isdisjoint(IDS))
+    _check_values(table, place, not options["dtype"].keys().isdisjoint(IDS), checked)
     return table
 
 
-def _check_values(table: pd.DataFrame, place: Callable[[int], str], text_ids: bool) -> None:
-    """Check the columns of COLUMNS and make numbers of them, ids that may be text excepted.
+def _check_values(
+    table: pd.DataFrame, place: Callable[[int], str], text_ids: bool, checked: Iterable[str] = COLUMNS
+) -> None:
+    """Check the columns `checked` and make numbers of them, ids that may be text excepted.
 
     Raises UserError for the first bad value of a column; `place` says where a row comes from.
     """
-    for column in table.columns.intersection(list(COLUMNS)):
-        values, is_id = table[column], column in IDS
-        if is_integer_dtype(values) and column != "timestamp":
+    for column in table.columns.intersection(list(checked)):
+        values, must_be = table[column], COLUMNS[column]
+        if is_integer_dtype(values) and must_be in ("an id", "a number"):
             continue
-        if is_id and text_ids and is_string_dtype(values):
+        if column == "split":
+            bad = ~values.isin(SPLITS)
+        elif must_be == "an id" and text_ids and is_string_dtype(values):
             bad = values.isna() | (values.str.strip() == "")
         else:
             # Through text, since pandas would count a date or True as a number.
             text = values if values.dtype.kind in "iuf" else values.astype(str)
             numbers = pd.to_numeric(text, errors="coerce")
-            bad = ~np.isfinite(numbers)
-            if column == "timestamp":
-                bad |= numbers < 0
-            if is_id:
-                bad |= (numbers % 1 != 0) | (numbers.abs() > 2**53)
-            table[column] = numbers if bad.any() or not is_id else numbers.astype("int64")
+            bad = ~FITS[must_be](numbers)
+            whole = must_be in ("an id", "0 or 1") and not bad.any()
+            table[column] = numbers.astype("int64") if whole else numbers
         if bad.any():
             row = int(np.argmax(bad.to_numpy()))
             found = f"{column} is '{values.iloc[row]}'"
-            raise UserError(f"{place(row)}: {found}, expected {COLUMNS[column]}")
+            raise UserError(f"{place(row)}: {found}, expected {must_be}")

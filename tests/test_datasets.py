@@ -31,6 +31,12 @@ WHEEL = {  # of each file one row, but for the interactions
     "242 Kolya 1996 Comedy_Drama\n",
     "user": "user_id:token age:token gender:token occupation:token zip_code:token\n196 49 M writer 05105\n",
 }
+X1 = {
+    "train.csv": "user_id,item_id,tag_id,label\n5,20,8,1\n0,10,7,0\n",
+    "valid.csv": "label,user_id,item_id,tag_id\n1.0,6.0,10.0,9.0\n",
+    "test.csv": "tag_id,item_id,label,user_id\n7,10,0,5\n",
+}
+X1_PATH = f"/datasets/{download.X1_REPO}/resolve/main"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,7 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         self.server.log.append((self.command, self.path, asked))
         if body is None:
-            return self.send_error(404)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")  # how the hub says it
+            return self.end_headers()
         start = int(re.findall(r"\d+", asked)[0]) if asked and self.server.ranges else 0
         if start and start >= len(body):
             return self.send_error(416)
@@ -102,6 +110,39 @@ def serve_ml_1m(server, monkeypatch, **extra):
     server.files["/ml-1m.zip"] = body
     monkeypatch.setitem(download.GROUPLENS_MD5, "ml-1m.zip", hashlib.md5(body).hexdigest())
     return body
+
+
+def serve_hub(server, monkeypatch, repo, md5, files):
+    """Offer `files` as a data set of the hub, with the right checksums."""
+    for name, content in files.items():
+        server.files[f"/datasets/{repo}/resolve/main/{name}"] = content.encode()
+        monkeypatch.setitem(md5, name, hashlib.md5(content.encode()).hexdigest())
+
+
+def serve_m1(server, monkeypatch):
+    """Three users 1, 2, 10 and three items 5, 50, 6 (as text: 1, 10, 2 and 5, 50, 6), all rated."""
+    lists = {"train": [[0], [0], [0]], "validation": [[2], [2], [2]], "test": [[1], [1], []]}
+    monkeypatch.setattr(readers, "M1_MIN_COUNT", 2)
+    files = {f"{part}_data.json": json.dumps(content) for part, content in lists.items()}
+    serve_hub(server, monkeypatch, download.M1_REPO, download.M1_MD5, files)
+
+
+def serve_x1(server, monkeypatch):
+    serve_hub(server, monkeypatch, download.X1_REPO, download.X1_MD5, X1)
+
+
+def serve_x1_zip(server, monkeypatch):
+    serve_x1(server, monkeypatch)
+    server.files.clear()
+    packed = {"a/train.csv": X1["train.csv"], "a/b/valid.csv": X1["valid.csv"], "test.csv": X1["test.csv"]}
+    server.files[f"{X1_PATH}/{download.X1_ARCHIVE}"] = zipped({**packed, "../evil": "x"})
+
+
+ON_HUB = {  # how it is offered: its name, and what download.py knows of it
+    serve_m1: ("ml-1m-m1", download.M1_REPO, download.M1_MD5),
+    serve_x1: ("movielens-latest-x1", download.X1_REPO, download.X1_MD5),
+    serve_x1_zip: ("movielens-latest-x1", download.X1_REPO, download.X1_MD5),
+}
 
 
 def fake_wheel(monkeypatch):
@@ -195,14 +236,17 @@ def test_killed_extraction_leaves_nothing_that_looks_whole(server, monkeypatch, 
     assert visible_files(tmp_path) == ["ml-1m", "ml-1m.zip.part"]
 
 
-def test_two_runs_download_once(server, monkeypatch, tmp_path):
-    serve_ml_1m(server, monkeypatch)
-    runs = [threading.Thread(target=find_dataset, args=("ml-1m", tmp_path)) for _ in range(2)]
+@pytest.mark.parametrize(("serve", "name"), [(serve_ml_1m, "ml-1m"), (serve_x1, "movielens-latest-x1")])
+def test_two_runs_download_once(server, monkeypatch, tmp_path, serve, name):
+    serve(server, monkeypatch)
+    runs = [threading.Thread(target=find_dataset, args=(name, tmp_path)) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
-    assert len(server.log) == 1 and (tmp_path / "ml-1m/ratings.dat").exists()
+    downloads = [path for method, path, _ in server.log if method == "GET" and path in server.files]
+    assert sorted(downloads) == sorted(server.files)
+    assert visible_files(tmp_path / name)
 
 
 def test_no_network_says_where_to_put_the_files(no_network, tmp_path):
@@ -298,17 +342,6 @@ def test_sasrec_file(tmp_path):
         read_dataset(source)
 
 
-def serve_m1(server, monkeypatch):
-    """Three users 1, 2, 10 and three items 5, 50, 6 (as text: 1, 10, 2 and 5, 50, 6), all rated."""
-    lists = {"train": [[0], [0], [0]], "validation": [[2], [2], [2]], "test": [[1], [1], []]}
-    monkeypatch.setattr(readers, "M1_MIN_COUNT", 2)
-    for part, content in lists.items():
-        body = json.dumps(content).encode()
-        path = f"/datasets/reczoo/Movielens1M_m1/resolve/main/{part}_data.json"
-        server.files[path] = body
-        monkeypatch.setitem(download.M1_MD5, f"{part}_data.json", hashlib.md5(body).hexdigest())
-
-
 M1_RATINGS = (
     "2::6::1::9\n1::50::2::8\n1::5::3::7\n10::5::4::6\n2::5::5::5\n10::50::1::4\n10::6::2::3\n"
     "1::6::3::2\n3::6::4::1\n"  # user 3 has one rating: not in the core
@@ -334,28 +367,65 @@ def test_m1_unordered(server, monkeypatch, tmp_path):
     source = find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
     assert "NOT chronological" in source.protocol and source.notes
     data = read_dataset(source).interactions.sort_values("user", kind="stable")
-    assert data.to_numpy().tolist() == [
-        [0, 0],
-        [0, 2],
-        [0, 1],
-        [1, 0],
-        [1, 2],
-        [1, 1],
-        [2, 0],
-        [2, 2],
-    ]
+    assert data.item.tolist() == [0, 2, 1, 0, 2, 1, 0, 2]
+    assert data.user.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     write(source.files[0], "[[1]]")
     with pytest.raises(UserError, match="wrong checksum.*train_data.json"):
         find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
 
 
-def test_m1_download_failures(server, monkeypatch, tmp_path):
-    serve_m1(server, monkeypatch)
-    monkeypatch.setitem(download.M1_MD5, "test_data.json", "f" * 32)
-    with pytest.raises(UserError, match="wrong checksum"):
-        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
-    monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub client waits and retries
-    with pytest.raises(UserError, match="cannot download reczoo/Movielens1M_m1/train_data.json"):
-        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
-    assert visible_files(tmp_path / "ml-1m/reczoo_m1") == []
+# ---------------------------------------------------------------- clicks, and trouble with the hub
+
+
+@pytest.mark.parametrize("serve", [serve_x1, serve_x1_zip])
+def test_x1_from_the_hub(server, monkeypatch, tmp_path, serve):
+    serve(server, monkeypatch)
+    source = find_dataset("movielens-latest-x1", tmp_path)
+    data = read_dataset(source).interactions
+    assert list(data) == ["user", "item", "label", "context", "split"]
+    assert (data.drop(columns="split").dtypes == "int64").all()
+    assert data.to_numpy().tolist() == [
+        [5, 20, 1, 8, "train"], [0, 10, 0, 7, "train"], [6, 10, 1, 9, "valid"], [5, 10, 0, 7, "test"]
+    ]  # fmt: skip
+    assert source.protocol == "MovielensLatest_x1: reczoo's own random split 7:2:1, no timestamps"
+    assert "no time" in source.notes[0] and "learn from the future" in source.notes[0]
+    assert visible_files(tmp_path / "movielens-latest-x1") == sorted(X1)
+    monkeypatch.setattr(datasets, "fetch_hub", None)  # a copy in data_dir comes first
+    assert find_dataset("movielens-latest-x1", tmp_path) == source
+    write(source.files[1], "damaged")
+    with pytest.raises(UserError, match="wrong checksum of .*valid.csv"):
+        find_dataset("movielens-latest-x1", tmp_path)
+    write(source.files[1], "user_id,item_id,label\n")
+    with pytest.raises(UserError, match="valid.csv needs the columns user_id, .*it has: user_id, item_id"):
+        read_dataset(source)
+
+
+@pytest.mark.parametrize("trouble", ["wrong checksum", "half", "no network"])
+@pytest.mark.parametrize("serve", ON_HUB)
+def test_hub_download_failures(server, monkeypatch, tmp_path, serve, trouble):
+    serve(server, monkeypatch)
+    name, repo, md5 = ON_HUB[serve]
+    first, *_, last = md5
+    if trouble == "wrong checksum":
+        monkeypatch.setitem(md5, last, "f" * 32)
+        message = f"wrong checksum of {repo}/{last}"
+    elif trouble == "half":  # the last file, or the zip, is not there
+        server.files.popitem()
+        message = rf"cannot download {repo}/[\w.]+ .*put the files into"
+    else:
+        monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub client waits and retries
+        message = f"cannot download {repo}/{first} .*put the files into"  # no second try
+    with pytest.raises(UserError, match=message) as caught:
+        find_dataset(name, tmp_path, unordered_ok=True)
+    assert "\n" not in str(caught.value)
+    assert [path for path in visible_files(tmp_path) if "." in path] == []
+
+
+@pytest.mark.parametrize("body", [zipped({"a/train.csv": "x"}), b"no zip"])
+def test_zip_without_the_files_is_refused(server, monkeypatch, tmp_path, body):
+    serve_x1_zip(server, monkeypatch)
+    server.files[f"{X1_PATH}/{download.X1_ARCHIVE}"] = body
+    with pytest.raises(UserError, match="x1.zip is not a whole zip with train.csv, .*put the files into"):
+        find_dataset("movielens-latest-x1", tmp_path)
+    assert visible_files(tmp_path / "movielens-latest-x1") == []

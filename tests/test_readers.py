@@ -42,6 +42,22 @@ def test_own_tsv_without_timestamp_says_so(tmp_path):
     assert rows(read_dataset(source)) == [["1", "2"]]
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_own_clicks(tmp_path, form):
+    text = "split,label,tag,context,user,item\ntrain,1.0,x,007,1,2\ntest,0,x,7,01,2\nvalid,0,x,07,1,3\n"
+    file = write(tmp_path / "mine.csv", text)
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+        table = pd.read_csv(file, dtype={"context": str, "user": str, "item": str, "split": "category"})
+        file = tmp_path / "mine.parquet"
+        table.to_parquet(file)
+    data = read_dataset(find_dataset(str(file), "unused")).interactions
+    assert list(data) == ["split", "label", "context", "user", "item"] and data.label.dtype == "int64"
+    assert data.to_numpy().tolist() == [
+        ["train", 1, "007", "1", "2"], ["test", 0, "7", "01", "2"], ["valid", 0, "07", "1", "3"]
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("ids", [["01", "1"], [3, 4], pd.Categorical(["01", "1"])])
 def test_own_parquet(tmp_path, ids):
     pytest.importorskip("pyarrow")
@@ -50,6 +66,13 @@ def test_own_parquet(tmp_path, ids):
     data = read_dataset(find_dataset(str(file), "unused")).interactions
     assert data.user.tolist() == list(ids) and data.item.tolist() == [5, 6]
     assert list(data) == ["user", "item", "timestamp"]
+
+
+def test_side_tables_keep_all_columns_as_text(tmp_path):
+    file = write(tmp_path / "mine.csv", "user,item\n1,2\n")
+    write(tmp_path / "mine.users.csv", "user,rating,label,context,split\n1,PG,7,,a\n")
+    users = read_dataset(find_dataset(str(file), "unused")).users
+    assert users.to_numpy().tolist() == [["1", "PG", "7", "", "a"]]
 
 
 def test_refused_files(tmp_path, monkeypatch):
@@ -74,45 +97,62 @@ def test_refused_files(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- bad rows
 
-GOOD = ("1", "2", "3", "4")
+GOOD = {"user": "1", "item": "2", "rating": "3", "timestamp": "4"}
+CLICK = {"label": "1", "context": "07", "split": "valid"}
 BAD = {
-    "few": GOOD[:3],
-    "many": (*GOOD, "5"),
-    "rating": ("1", "2", "good", "4"),
-    "user": ("", "2", "3", "4"),
-    "item": ("1", "", "3", "4"),
+    "user": ("",),
+    "item": ("",),
+    "rating": ("good",),
+    "timestamp": ("", "nan", "NaN", "noon", "-1", "inf", "1e999", "True"),
+    "label": ("", "2", "-1", "0.5", "nan", "True", "yes"),
+    "context": ("", " "),
+    "split": ("", "1", "dev", "Train", "train "),
 }
-TIMES = ("", "nan", "NaN", "noon", "-1", "inf", "1e999", "True")
-BAD.update({f"time {text}": (*GOOD[:3], text) for text in TIMES})
 FORMATS = {  # separator, header, where the file goes, name of the data set
     "1m": ("::", "", "ml-1m/ratings.dat", "ml-1m"),
     "100k": ("\t", "", "ml-100k/u.data", "ml-100k"),
     "recbole": ("\t", "u\ti\tr\tt\n", "ml-100k-recbole/ml-100k.inter", "ml-100k"),
-    "csv": (",", "user,item,rating,timestamp\n", "mine.csv", None),
-    "tsv": ("\t", "user\titem\trating\ttimestamp\n", "mine.tsv", None),
+    "csv": (",", ",".join(GOOD) + "\n", "mine.csv", None),
+    "tsv": ("\t", "\t".join(GOOD) + "\n", "mine.tsv", None),
+    "clicks": (",", ",".join(GOOD | CLICK) + "\n", "clicks.csv", None),
 }
 
 
+def good_row(form):
+    return GOOD | CLICK if form == "clicks" else GOOD
+
+
+def bad_rows(form):
+    """(format, fields, what the message names) of every kind of bad row."""
+    good = good_row(form)
+    yield form, list(good.values())[:-1], "fields, expected"
+    yield form, [*good.values(), "5"], "fields, expected"
+    for column in good:
+        for value in BAD[column]:
+            yield form, list((good | {column: value}).values()), f"{column} is '"
+
+
 @pytest.mark.parametrize("where", [0, 2])
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("form", FORMATS)
-def test_bad_row_is_named(tmp_path, form, bad, where):
+@pytest.mark.parametrize(("form", "bad", "named"), [row for form in FORMATS for row in bad_rows(form)])
+def test_bad_row_is_named(tmp_path, form, bad, named, where):
     sep, header, place, name = FORMATS[form]
-    lines = [GOOD, GOOD, GOOD]
-    lines[where] = BAD[bad]
+    lines = [list(good_row(form).values())] * 3
+    lines[where] = bad
     # the blank line checks that lines are counted, not rows
     file = write(tmp_path / place, header + "\n" + "\n".join(map(sep.join, lines)) + "\n")
     line = 2 + where + bool(header)
     with pytest.raises(UserError, match=re.escape(f"{file}, line {line}: ")) as caught:
         read_dataset(find_dataset(name or str(file), tmp_path))
     assert "\n" not in str(caught.value)
-    assert ("fields" if bad in ("few", "many") else bad.split()[0][:4]) in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_bad_parquet_row_is_named(tmp_path):
     pytest.importorskip("pyarrow")
     good = {"user": ["1", "2"], "item": [1, 2], "rating": [1.0, 2], "timestamp": [1.0, 2]}
+    good |= {"label": [1, 0], "context": ["1", "2"], "split": ["train", "test"]}
     bad = {"user": [None, ""], "item": [None, 2.5], "rating": [np.nan, "good"]}
+    bad |= {"label": [2, None], "context": [None, " "], "split": [None, "dev"]}
     bad["timestamp"] = [np.nan, -1.0, np.inf, "noon", pd.Timestamp(0)]
     for column, values in bad.items():
         for value in values:
