@@ -108,8 +108,9 @@ class DataConfig:
     """Data"""
 
     dataset: str | None = None
-    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, or a path to a .csv or .parquet file with the columns
-    user,item[,rating][,timestamp]; not given: MovieLens-1M, or what can be had of it"""
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (ctr), or a path to a .csv or .parquet
+    file with the columns user,item[,rating][,timestamp][,label][,context][,split]; not given: MovieLens-1M,
+    or what can be had of it"""
     data_dir: str | None = None
     """where data files are looked for and downloaded to [default: $RECLM_DATA, else data/]"""
     min_item_count: int = 1

@@ -35,7 +35,9 @@ def choose_inputs(dataset, cfg: Config):
             told.append(rows)
             notes += note_unknown(rows, "items", f"known {name}")
     if cfg.model.action_embedding:
-        chosen["actions"] = rating_levels(ratings_for("action_embedding", dataset))
+        clicks = 1 + dataset.labels  # where there are no ratings
+        rated = len(dataset.ratings) or not len(clicks)
+        chosen["actions"] = rating_levels(ratings_for("action_embedding", dataset)) if rated else clicks
         told.append(chosen["actions"])
     if cfg.loss.negative_below is not None:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below

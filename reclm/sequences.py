@@ -82,10 +82,14 @@ def build_sequences(
     if task == "ctr":
         order, num_seen = order_impressions(table, user_index)
     else:
-        if "split" in table:  # users and items of all, as the ranker will know them
-            train = (table["split"] == SPLITS["train"]).to_numpy()
-            table, user_index, item_index = table[train], user_index[train], item_index[train]
+        is_action = np.ones(len(table), bool)
+        if cfg.ctr_split:  # of all users and items, which so keep the numbers that they have for the ranker
+            is_action &= table["split"] == SPLITS["train"]
             notes.append("only what trains of a ranker's impressions, for --init_from")
+        if "label" in table and "rating" not in table:
+            is_action &= table["label"] == 1
+            notes.append("what has the label 0 was shown, but it is no action: left out")
+        table, user_index, item_index = table[is_action], user_index[is_action], item_index[is_action]
         order = np.lexsort((*([table["timestamp"]] if "timestamp" in table else []), user_index))
         notes += note_short_users(np.bincount(user_index, minlength=len(users)))
 
