@@ -82,13 +82,8 @@ def build_sequences(
     if task == "ctr":
         order, num_seen = order_impressions(table, user_index)
     else:
-        is_action = np.ones(len(table), bool)
-        if cfg.ctr_split:  # of all users and items, which so keep the numbers that they have for the ranker
-            is_action &= table["split"] == SPLITS["train"]
-            notes.append("only what trains of a ranker's impressions, for --init_from")
-        if "label" in table and "rating" not in table:
-            is_action &= table["label"] == 1
-            notes.append("what has the label 0 was shown, but it is no action: left out")
+        is_action, more = which_actions(table, cfg)
+        notes += more
         table, user_index, item_index = table[is_action], user_index[is_action], item_index[is_action]
         order = np.lexsort((*([table["timestamp"]] if "timestamp" in table else []), user_index))
         notes += note_short_users(np.bincount(user_index, minlength=len(users)))
@@ -120,6 +115,19 @@ def build_sequences(
     for name in ("offsets", "item_ids", "labels", "splits"):
         fingerprint.update(arrays.get(name, np.zeros(0)).tobytes())
     return {"notes": notes, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
+
+
+def which_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[np.ndarray, list[str]]:
+    """(rows,) bool: what matching learns from. The users and items of the other rows keep their numbers, so
+    that they are those of a ranker."""
+    is_action, notes = np.ones(len(table), bool), []
+    if cfg.ctr_split:
+        is_action &= table["split"] == SPLITS["train"]
+        notes.append("only what trains of a ranker's impressions, for --init_from")
+    if "label" in table and "rating" not in table:
+        is_action &= table["label"] == 1
+        notes.append("what has the label 0 was shown, but it is no action: left out")
+    return is_action, notes
 
 
 def note_short_users(lengths: np.ndarray) -> list[str]:
