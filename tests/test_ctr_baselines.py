@@ -10,6 +10,7 @@ from launch import MAIN, TINY, here, read_json, write_csv
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import ctr_baselines
 
+import main as program
 from reclm.config import LossConfig, ModelConfig
 from reclm.inputs import Vocabulary
 
@@ -134,11 +135,11 @@ FLAGS = [flag for flag in TINY if "negatives" not in flag] + ["--ctr_split=rando
 
 
 def run(*flags, cwd):
-    return here(*flags, cwd=cwd, program=lambda: ctr_baselines.program.main(ctr_baselines.parse))
+    return here(*flags, cwd=cwd, program=lambda: program.main(ctr_baselines.parse))
 
 
 @pytest.mark.parametrize("name", ["lr", "din"])
-def test_a_run_with_the_recipe_of_another_model(tmp_path, name):
+def test_a_run_with_the_recipe_of_another_model(tmp_path, monkeypatch, name):
     write_csv(tmp_path / "tiny.csv")
     recipe = "task: ctr\nmodel_name: hstu\ntime_tokens: embedding\nattention_norm: max_len\n"
     (tmp_path / "recipe.yaml").write_text(recipe + "dataset: tiny.csv\n")
@@ -152,6 +153,9 @@ def test_a_run_with_the_recipe_of_another_model(tmp_path, name):
         "--baseline=" + {"lr": "din", "din": "lr"}[name], *flags[1:], "--eval_only=true", cwd=tmp_path
     )
     assert other.code != 0 and len(other.errors) == 1 and "model_name" in other.errors[0]
+    monkeypatch.delitem(program.MODELS, name)  # as where the script is not imported
+    lost = here("--out_dir=out", "--eval_only=true", cwd=tmp_path)
+    assert lost.errors == [f"error: {name} is no model of this program: run the script that trained it"]
 
 
 @pytest.mark.parametrize("flags", [["--baseline=nothing"], []])
