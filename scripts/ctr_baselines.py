@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the spine
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Baseline(nn.Module):
             self.context_embedding = nn.Embedding(vocabulary.num_contexts + 1, width, PADDING)
         self.content_embeddings = nn.ModuleList()
         for i, array in enumerate(vocabulary.features.values()):
-            rows = F.pad(torch.from_numpy(array), (0, 0, 1, 0))  # (V, K or F): row 0 is padding
+            rows = torch.from_numpy(np.pad(array, ((1, 0), (0, 0))))  # (V, K or F): row 0 is padding
             self.register_buffer(f"rows_{i}", rows, persistent=False)
             if rows.is_floating_point():
                 projection = nn.Linear(rows.shape[1], width, bias=False)
