@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from data import Dataset, TrainBatches, load_dataset
 from evaluate import evaluate
-from model import SequenceRecommender
+from model import BLOCKS, SequenceRecommender
 from reclm import checkpoint, dist, runs
 from reclm.config import Config, ModelConfig, build_config, parse_args
 from reclm.errors import UserError
@@ -38,11 +39,12 @@ DATA_NAMES = [
     "dataset", "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
     "min_positives", "utc_offset", "split_seed", "ctr_history",
 ]  # fmt: skip
+MODELS = dict.fromkeys(BLOCKS, SequenceRecommender)  # by --model_name; scripts/ctr_baselines.py adds its own
 
 
-def main() -> None:
+def main(parse: Callable[[], dict] = parse_args) -> None:
     with dist.distributed():
-        said = parse_args()
+        said = parse()
         if said.get("eval_only"):
             evaluate_checkpoint(said)
         else:
@@ -63,7 +65,7 @@ def evaluate_checkpoint(said: dict) -> None:
     say(f"written to {target}")
 
 
-def open_checkpoint(said: dict, path: Path) -> tuple[Config, Dataset, SequenceRecommender]:
+def open_checkpoint(said: dict, path: Path) -> tuple[Config, Dataset, nn.Module]:
     """The settings of a checkpoint and what the user said beside them, its data and its model."""
     state = checkpoint.load_checkpoint(path)
     fixed = [name for name in (*MODEL_NAMES, *DATA_NAMES) if name != "dtype"]
@@ -75,9 +77,12 @@ def open_checkpoint(said: dict, path: Path) -> tuple[Config, Dataset, SequenceRe
     return cfg, dataset, model
 
 
-def build_model(cfg: Config, dataset: Dataset) -> SequenceRecommender:
+def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
+    name = cfg.model.model_name
+    if name not in MODELS:
+        raise UserError(f"{name} is no model of this program: run the script that trained it")
     torch.manual_seed(cfg.train.seed)  # the same initial weights on every rank
-    model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
+    model = MODELS[name](cfg.model, cfg.loss, dataset.vocabulary)
     return model.to(dist.pick_device(cfg.run.device))
 
 

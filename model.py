@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
 from reclm.dropout import Dropout
-from reclm.heads import ClickHead
+from reclm.heads import ClickHead, click_loss
 from reclm.hstu import HSTUBlock
 from reclm.inputs import Inputs, ItemContent, Vocabulary
 from reclm.losses import LOSSES
@@ -278,11 +278,7 @@ class SequenceRecommender(nn.Module):
         table = self.item_table()
         if self.cfg.task == "ctr":
             logits = self.rank(batch, table)  # (B, C)
-            if "targets" not in batch:
-                return logits
-            valid = batch["targets"] != 0
-            labels = (batch["targets"][valid] - 1).float()  # (M,)
-            return F.binary_cross_entropy_with_logits(logits[valid], labels, reduction="sum")
+            return click_loss(logits, batch["targets"]) if "targets" in batch else logits
         if "targets" not in batch:
             return self.encode(batch, True, table)[:, 0] @ table.T
         hidden = self.encode(batch, table=table)  # (B, T, D)

@@ -58,9 +58,9 @@ def python(*flags: str, cwd: Path, env: dict | None = None, timeout: float = TIM
     return Running(0, *flags, cwd=cwd, env=env).finish(timeout)
 
 
-def here(*flags: str, cwd: Path, env: dict | None = None) -> Result:
-    """`python main.py` inside this process: saves the seconds of importing torch. A traceback of
-    main.py is an exception in here."""
+def here(*flags: str, cwd: Path, env: dict | None = None, program: Callable = main.main) -> Result:
+    """`python main.py`, or the `program` of a script, inside this process: saves the seconds of importing
+    torch. A traceback of it is an exception in here."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     out, err, code, begin = io.StringIO(), io.StringIO(), 0, time.time()
     torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def here(*flags: str, cwd: Path, env: dict | None = None) -> Result:
             redirect_stdout(out),
             redirect_stderr(err),
         ):
-            main.main()
+            program()
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -1,0 +1,196 @@
+"""Rankers to compare --task=ctr with, in the same harness: a logistic regression, and DIN (arXiv 1706.06978).
+
+    torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=din --dataset=ml-1m
+    torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=lr --dataset=ml-1m --lr=0.03
+
+lr    one number for each user, item, field of the profile, word of the content and context, summed
+din   what the user did is weighted by how it fits the candidate, and summed; an MLP of both and the user
+
+All flags of main.py count and --task=ctr is implied: the same rows, batches, optimizer, epochs, choice of the
+epoch on validation, checkpoints and metrics. A --config may be that of another model: what it says of blocks
+and times is passed over, as there are no blocks here, and of times nothing is known but the order. With
+--window=W DIN looks at no more than the last W actions, which costs less. The regression takes a higher --lr
+than the default: its numbers start at 0, and a user's is seen in one step an epoch.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the spine
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import main as program
+from reclm.config import LossConfig, ModelConfig, parse_args
+from reclm.dropout import Dropout
+from reclm.errors import UserError
+from reclm.heads import click_loss
+from reclm.inputs import PADDING, Vocabulary
+
+OF_BLOCKS = (
+    "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "attention_norm", "gated_residuals", "norm_eps",
+    "position_embedding", "time_tokens", "user_embedding", "id_dropout", "dtype", "compile",
+)  # fmt: skip
+ATTENTION_WIDTH, WIDTHS = 36, (200, 80)  # of DIN's hidden layers, its figure 2
+PAIRS = 2**17  # (candidate, action) looked at at once: 18 MiB of the attention's hidden layer
+
+
+class Baseline(nn.Module):
+    """Vectors (D) of users and of what is shown to them; all start at 0."""
+
+    layers = ()  # nothing to compile
+
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary, width: int):
+        super().__init__()
+        self.cfg = cfg
+        self.item_embedding = nn.Embedding(vocabulary.num_items + 1, width, PADDING)
+        self.user_embedding = nn.Embedding(vocabulary.num_users, width)
+        self.profile_embeddings = nn.ModuleList(
+            nn.Embedding(size, width, PADDING) for size in vocabulary.profile_sizes
+        )
+        self.context_embedding = None
+        if vocabulary.num_contexts:
+            self.context_embedding = nn.Embedding(vocabulary.num_contexts + 1, width, PADDING)
+        self.content_embeddings = nn.ModuleList()
+        for i, array in enumerate(vocabulary.features.values()):
+            rows = torch.from_numpy(np.pad(array, ((1, 0), (0, 0))))  # (V, K or F): row 0 is padding
+            self.register_buffer(f"rows_{i}", rows, persistent=False)
+            if rows.is_floating_point():
+                projection = nn.Linear(rows.shape[1], width, bias=False)
+            else:
+                projection = nn.EmbeddingBag(int(rows.max()) + 1, width, mode="sum", padding_idx=PADDING)
+            self.content_embeddings.append(projection)
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+
+    def item_table(self) -> Tensor:
+        """(V, D): ids, and their content"""
+        table = self.item_embedding.weight
+        for i, projection in enumerate(self.content_embeddings):
+            table = table + projection(getattr(self, f"rows_{i}"))
+        return table
+
+    def shown(self, table: Tensor, ids: Tensor, contexts: Tensor | None) -> Tensor:
+        """ids (...) -> (..., D)"""
+        x = F.embedding(ids, table, padding_idx=PADDING)
+        return x if self.context_embedding is None else x + self.context_embedding(contexts)
+
+    def users(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, D)"""
+        x = self.user_embedding(batch["user_ids"])
+        for i, embedding in enumerate(self.profile_embeddings):
+            x = x + embedding(batch["profiles"][:, i])
+        return x
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """As of SequenceRecommender: with "targets" the SUM of the loss over them, without logits (B, C)."""
+        logits = self.logits(batch)
+        return click_loss(logits, batch["targets"]) if "targets" in batch else logits
+
+
+class LogisticRegression(Baseline):
+    """The vectors are of width 1."""
+
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
+        super().__init__(cfg, loss, vocabulary, 1)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, C)"""
+        candidates = self.shown(self.item_table(), batch["candidate_ids"], batch.get("candidate_contexts"))
+        return (candidates + self.users(batch)[:, None])[..., 0] + self.bias
+
+
+class DIN(Baseline):
+    """Deep Interest Network. SiLU for PReLU and Dice, dropout and --embedding_decay for its adaptive
+    regularisation; what belongs together is added up rather than laid side by side."""
+
+    def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
+        super().__init__(cfg, loss, vocabulary, cfg.dim)
+        for embedding in (self.item_embedding, self.user_embedding):
+            nn.init.normal_(embedding.weight, std=cfg.dim**-0.5)
+        with torch.no_grad():
+            self.item_embedding.weight[PADDING] = 0.0
+        self.action_embedding = None
+        if vocabulary.num_actions:
+            self.action_embedding = nn.Embedding(vocabulary.num_actions + 1, cfg.dim, padding_idx=PADDING)
+            nn.init.zeros_(self.action_embedding.weight)
+        self.attention_hidden = nn.Linear(3 * cfg.dim, ATTENTION_WIDTH)
+        self.attention_weight = nn.Linear(ATTENTION_WIDTH, 1)
+        sizes = (4 * cfg.dim, *WIDTHS)
+        hidden = [(nn.Linear(*pair), nn.SiLU()) for pair in zip(sizes, WIDTHS, strict=False)]
+        self.mlp = nn.Sequential(*(layer for pair in hidden for layer in pair), nn.Linear(WIDTHS[-1], 1))
+        self.dropout = Dropout(cfg.dropout)
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, C)"""
+        table, scale = self.item_table(), self.cfg.dim**0.5  # channels of order 1
+        candidates = scale * self.shown(table, batch["candidate_ids"], batch.get("candidate_contexts"))
+        actions = self.shown(table, batch["item_ids"], batch.get("contexts"))  # (B, T, D)
+        if self.action_embedding is not None:
+            actions = actions + self.action_embedding(batch["actions"])
+        users = (scale * self.users(batch))[:, None].expand_as(candidates)
+        interest = self.interest(candidates, scale * actions, batch)  # (B, C, D)
+        x = self.dropout(torch.cat([candidates, interest, candidates * interest, users], dim=2))
+        return self.mlp(x)[..., 0]
+
+    def interest(self, candidates: Tensor, actions: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(B, C, D), (B, T, D) -> (B, C, D), some candidates at a time: what none of them sees is left out,
+        and nothing but the result is kept for the backward pass."""
+        size = max(1, PAIRS // actions.shape[:2].numel())
+        pool = self.pool
+        if torch.is_grad_enabled():
+            pool = partial(checkpoint, pool, use_reentrant=False, preserve_rng_state=False)
+        window, parts = self.cfg.window or actions.shape[1], []
+        seen = batch["candidate_seen"]  # (B, C)
+        for part in torch.arange(candidates.shape[1], device=seen.device).split(size):
+            last = seen[:, part]
+            there = last[batch["candidate_ids"][:, part] != PADDING]
+            first = max(0, int(there.min()) - window) if len(there) else 0
+            keys = torch.arange(first, int(last.max()), device=seen.device)  # (t,)
+            age = last[..., None] - keys  # (B, c, t): 1 for the last action before the candidate
+            mask = (age > 0) & (age <= window)
+            parts.append(pool(candidates[:, part], actions[:, keys], mask))
+        return torch.cat(parts, dim=1)
+
+    def pool(self, candidates: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """Eq. 3: (B, c, D), (B, t, D), bool (B, c, t) -> (B, c, D), the sum of the actions, each weighted by
+        the activation unit on [action, candidate, their product]. Weights do not sum to 1.
+
+        For a given candidate the unit's first layer is linear in the action: one matrix product for all."""
+        of_action, of_candidate, of_product = self.attention_hidden.weight.split(self.cfg.dim, dim=1)
+        matrix = of_action + candidates[:, :, None] * of_product  # (B, c, A, D)
+        offset = F.linear(candidates, of_candidate, self.attention_hidden.bias)  # (B, c, A)
+        hidden = torch.baddbmm(offset.flatten(1)[:, None], actions, matrix.flatten(1, 2).transpose(1, 2))
+        hidden = F.silu(hidden.unflatten(2, (-1, ATTENTION_WIDTH)))  # (B, t, c, A)
+        weights = self.attention_weight(hidden)[..., 0].transpose(1, 2) * mask  # (B, c, t)
+        return weights @ actions
+
+
+BASELINES = {"lr": LogisticRegression, "din": DIN}
+program.MODELS |= BASELINES
+
+
+def parse() -> dict:
+    """What `reclm.config.parse_args` gives, with the baseline as the name of the model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--baseline", help=" or ".join(BASELINES))
+    args, flags = parser.parse_known_args()
+    if args.baseline not in BASELINES:
+        raise UserError(f"--baseline={args.baseline} must be one of {', '.join(BASELINES)}")
+    said = {name: value for name, value in parse_args(flags).items() if name not in OF_BLOCKS}
+    return said | {"task": "ctr", "model_name": args.baseline}
+
+
+if __name__ == "__main__":
+    program.main(parse)
