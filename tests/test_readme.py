@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 ROWS = set(re.search(r"## Rows and tokens.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines())
+CTR = re.search(r"## CTR prediction.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
 TRAIN = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=false"
 EVALUATE = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'"
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
     (folder / "data" / "ml-1m").mkdir(parents=True)
     made = {
         "ratings.dat": [
-            f"{u}::{1 + (3 * u + t) % 40}::{1 + (u + t) % 5}::{1000 + 7000 * t}"
+            f"{u}::{1 + (3 * u + t) % 40}::{1 + (u + t) % 5}::{1000 + 40000 * t}"
             for u in range(1, 61) for t in range(6 + u % 9)
         ],
         "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
@@ -84,12 +85,32 @@ def test_the_commands_for_rows_and_tokens(folder):
         assert any("cold start" in note for note in result["notes"]) == ("--cold_items" in command)
 
 
+def test_the_commands_for_ctr(folder):
+    """As they stand, but for the length of the training."""
+    section = README.partition("## CTR prediction")[2].partition("\n## ")[0]
+    assert len(section.splitlines()) <= 25
+    train, evaluate, rank, _, match, start = CTR
+    for command in (train, evaluate):
+        Running(2, *flags_of(command), *["--num_epochs=1"] * (command == train), cwd=folder).finish().ok()
+    result = read_json(folder / "runs" / "latest" / "result.json")
+    assert read_json(folder / "runs" / "latest" / "eval-best.json")["test"] == result["test"]
+    assert "AUC" in result["test"] and result["protocol"].startswith("CTR")
+    (folder / "candidates.csv").write_text("user,item\n1,4\n2,7\n")
+    script, *flags = shlex.split(rank)[1:]
+    env = os.environ | {"RECLM_DATA": "data"}
+    subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, env=env, check=True)
+    assert len((folder / "ranked.csv").read_text().splitlines()) == 3
+    for command in (match, start):
+        shown = here(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
+    assert "started from runs/matching/best.pth" in shown.stdout
+
+
 def test_every_command_is_tried_or_is_the_test_command():
     known = {COMMANDS[0], COMMANDS[1], "pip install -r requirements-dev.txt && pytest"}
     measured = {
         line for line in COMMANDS if line.startswith("python scripts/")
-    }  # tests/test_bench.py, test_embed.py
-    assert {line for line in COMMANDS if "clicks.csv" not in line} - measured - ROWS == known
+    }  # tests/test_bench.py, test_embed.py, test_ctr_baselines.py
+    assert {line for line in COMMANDS if "clicks.csv" not in line} - measured - ROWS - set(CTR) == known
 
 
 def test_every_flag_exists():
