@@ -54,7 +54,10 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     in_history = past | (table["split"] == SPLITS["train"])
     for name in SHARES:
         if not (table["split"] == SPLITS[name]).any():
-            raise UserError(f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data")
+            remedy = "; try --ctr_split=random" if how == "time" else ""
+            raise UserError(
+                f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data{remedy}"
+            )
     trained = table["label"][table["split"] == SPLITS["train"]]
     if trained.nunique() < 2:
         raise UserError(
