@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-import data
+from data import Dataset
 from reclm import dist
+from reclm.config import DataConfig
+from reclm.sequences import build_sequences
 
 torch.set_num_threads(1)
 
@@ -43,8 +45,8 @@ def make_dataset(histories, num_items=None, min_item_count=1):
         missing = [item for item in range(1, num_items + 1) if item not in there]
         rows += [(len(histories) + i, item, 0) for i, item in enumerate(missing)]
     table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
-    meta, arrays = data.build_sequences(table, min_item_count)
-    return data.Dataset(name="made", protocol="test", **meta, **arrays)
+    meta, arrays = build_sequences(table, DataConfig(min_item_count=min_item_count))
+    return Dataset(name="made", protocol="test", **meta, **arrays)
 
 
 def as_rank(monkeypatch, rank, world):
@@ -60,8 +62,8 @@ def tiny_csv(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_csv):
-    meta, arrays = data.build_sequences(pd.read_csv(tiny_csv), 1)
-    return data.Dataset(name="tiny", protocol="test", **meta, **arrays)
+    meta, arrays = build_sequences(pd.read_csv(tiny_csv))
+    return Dataset(name="tiny", protocol="test", **meta, **arrays)
 
 
 @pytest.fixture(autouse=True)
