@@ -227,7 +227,7 @@ class Impressions:
         first = np.flatnonzero(new)
         place = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
         first = np.flatnonzero(place % MAX_CANDIDATES == 0)
-        self.users, self.first_rows = owner[first], rows[first]
+        self.users, self.rows, self.first = owner[first], rows, first
         self.counts = np.diff(first, append=len(rows))  # candidates of each
         self.skipped = windows[first] * stride  # actions of the user before the window
         self.starts = dataset.offsets[self.users] + self.skipped
@@ -240,13 +240,17 @@ class Impressions:
         width = width or max(1, int(lengths.max()))
         batch = histories(dataset, self.users[rows], self.starts[rows], lengths, width)
 
+        # Where a split is no part of time, rows of other splits lie between those of this one.
+        candidates = pad(self.rows, self.first[rows], counts, int(counts.max()))  # (B, C)
+        real = np.arange(candidates.shape[1]) < counts[:, None]
+
         def shown(array: np.ndarray) -> np.ndarray:  # (B, C)
-            return pad(array, self.first_rows[rows], counts, int(counts.max()))
+            return np.where(real, array[candidates], 0)
 
         batch |= {
             "candidate_ids": shown(dataset.item_ids),
             "candidate_seen": (shown(dataset.num_seen) - self.skipped[rows, None]).clip(min=0),
-            "rows": shown(np.arange(len(dataset.item_ids))),
+            "rows": candidates,
             "targets": shown(1 + dataset.labels),
         }
         if len(dataset.timestamps):

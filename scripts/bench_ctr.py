@@ -125,7 +125,7 @@ class Rows(Impressions):
     """Impressions of which each is a sequence of its own: the last max_len actions before it."""
 
     def __init__(self, dataset: Dataset, rows: np.ndarray, max_len: int):
-        self.dataset, self.first_rows = dataset, rows
+        self.dataset, self.rows, self.first = dataset, rows, np.arange(len(rows))
         self.users = np.searchsorted(dataset.offsets, rows, side="right") - 1
         self.counts = np.ones_like(rows)
         self.skipped = np.maximum(0, dataset.num_seen[rows] - max_len)

@@ -4,13 +4,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests share the machine
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-import data
+from data import Dataset
 from reclm import dist
+from reclm.config import DataConfig
+from reclm.impressions import label_impressions
+from reclm.sequences import build_sequences
 
 torch.set_num_threads(1)
 
@@ -43,8 +48,41 @@ def make_dataset(histories, num_items=None, min_item_count=1):
         missing = [item for item in range(1, num_items + 1) if item not in there]
         rows += [(len(histories) + i, item, 0) for i, item in enumerate(missing)]
     table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
-    meta, arrays = data.build_sequences(table, min_item_count)
-    return data.Dataset(name="made", protocol="test", **meta, **arrays)
+    meta, arrays = build_sequences(table, DataConfig(min_item_count=min_item_count))
+    return Dataset(name="made", protocol="test", **meta, **arrays)
+
+
+def impressions_table(seed=0, size=300, **columns):
+    """Impressions in no order, many at the same time; `context` is the place in the file."""
+    rng = np.random.default_rng(seed)
+    drawn = {
+        "user": rng.integers(0, 12, size),
+        "item": rng.integers(0, 20, size),
+        "rating": rng.integers(1, 6, size),
+        "timestamp": 3600 * rng.integers(0, 240, size) * (rng.random(size) < 0.8),
+        "label": rng.integers(0, 2, size),
+        "split": rng.choice(["train", "valid", "test"], size, p=[0.6, 0.2, 0.2]),
+        "context": np.arange(size),
+    }
+    return pd.DataFrame(drawn | columns)
+
+
+def make_impressions(table, **settings):
+    """A Dataset of a table of impressions."""
+    cfg = DataConfig(**settings)
+    table, protocol, notes = label_impressions(table, cfg)
+    meta, arrays = build_sequences(table, cfg, "ctr")
+    return Dataset(name="made", protocol=protocol, **meta | {"notes": notes + meta["notes"]}, **arrays)
+
+
+def known_before(table, history):
+    """For each row of `impressions_table` the places of those it may know of, oldest first, by a loop."""
+    times = table["timestamp"] if "timestamp" in table else [0] * len(table)
+    rows = [*zip(table["user"], times, range(len(table)), table["split"], strict=True)]
+    known = [row for row in rows if history == "past" or row[3] == "train"]
+    for user, time, place, _ in rows:
+        before = [(row[1], row[2]) for row in known if row[0] == user]
+        yield [other for when, other in sorted(before) if (when, other) < (time, place)]
 
 
 def as_rank(monkeypatch, rank, world):
@@ -60,8 +98,17 @@ def tiny_csv(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_csv):
-    meta, arrays = data.build_sequences(pd.read_csv(tiny_csv), 1)
-    return data.Dataset(name="tiny", protocol="test", **meta, **arrays)
+    meta, arrays = build_sequences(pd.read_csv(tiny_csv))
+    return Dataset(name="tiny", protocol="test", **meta, **arrays)
+
+
+@pytest.fixture
+def real():
+    """The folder with the real data sets."""
+    folder = os.environ.get("RECLM_DATA")
+    if not folder:
+        pytest.skip("RECLM_DATA does not name the folder with the real data sets")
+    return Path(folder)
 
 
 @pytest.fixture(autouse=True)

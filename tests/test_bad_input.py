@@ -293,7 +293,7 @@ def test_two_ranks_out_dir_of_another_run(work):
 def test_two_ranks_one_user(work):
     (work / "one.csv").write_text("user,item\n" + "a,1\na,2\na,3\na,4\nb,1\n")
     before = snapshot(work)
-    assert_refused(torchrun(2, "--dataset=one.csv", *TINY, cwd=work, timeout=60), "2 ranks", "1 users")
+    assert_refused(torchrun(2, "--dataset=one.csv", *TINY, cwd=work, timeout=60), "2 ranks", "1 sequences")
     assert snapshot(work) == before
 
 

@@ -10,14 +10,15 @@ import torch
 from conftest import as_rank, make_dataset, write_csv
 from scipy.stats import chisquare
 
-import data
 import main
-from data import NegativeSampler, TrainBatches, build_sequences, eval_batches, load_dataset
+from data import TrainBatches, eval_batches, load_dataset
 from model import SequenceRecommender
-from reclm import datasets
+from reclm import datasets, sequences
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from reclm.errors import UserError
 from reclm.losses import LOSSES
+from reclm.negatives import NegativeSampler
+from reclm.sequences import build_sequences, prepare
 
 # Users of 1, 2, 3, 5 and 300 items.
 FIVE = [[7], [1, 2], [3, 4, 5], [6, 1, 7, 2, 5], [1 + i % 8 for i in range(300)]]
@@ -113,7 +114,7 @@ def test_sort_is_by_time_and_ties_keep_file_order():
     table = pd.DataFrame({"user": rng.integers(0, 7, 500), "item": np.arange(500)})
     table["timestamp"] = rng.integers(0, 4, 500) * 1.5
     table["rating"] = np.arange(500) % 5
-    _, arrays = build_sequences(table, 1)
+    _, arrays = build_sequences(table)
     expected = []
     for user in range(7):
         rows = [tuple(row) for row in table[table.user == user].itertuples()]
@@ -129,7 +130,7 @@ def test_shuffled_ties_stay_between_their_neighbours_in_time():
     table = pd.DataFrame({"user": 1, "item": items, "timestamp": times, "rating": range(10)})
     found = set()
     for seed in range(1, 9):
-        meta, arrays = build_sequences(table, 1, shuffle_ties=seed)
+        meta, arrays = build_sequences(table, DataConfig(shuffle_ties=seed))
         order = [arrays["items"][i - 1] for i in arrays["item_ids"]]
         assert (order[0], order[7], sorted(order[1:7]), sorted(order[8:])) == (
             "b",
@@ -142,15 +143,16 @@ def test_shuffled_ties_stay_between_their_neighbours_in_time():
         assert any(f"--shuffle_ties={seed}" in note for note in meta["notes"])
         found.add("".join(order))
     assert len(found) > 4
-    again = build_sequences(table, 1, shuffle_ties=3)[1]["item_ids"]
-    assert (again == build_sequences(table, 1, shuffle_ties=3)[1]["item_ids"]).all()
-    with pytest.raises(UserError, match="no timestamps"):
-        build_sequences(table.drop(columns="timestamp"), 1, shuffle_ties=3)
+    cfg = DataConfig(shuffle_ties=3)
+    again = build_sequences(table, cfg)[1]["item_ids"]
+    assert (again == build_sequences(table, cfg)[1]["item_ids"]).all()
+    with pytest.raises(UserError, match="--shuffle_ties needs timestamps.*have none"):
+        build_sequences(table.drop(columns="timestamp"), cfg)
 
 
 def test_without_timestamps_file_order_is_time_order():
     table = pd.DataFrame({"user": [2, 1, 2, 1, 2, 1], "item": [5, 9, 4, 8, 6, 7]})
-    _, arrays = build_sequences(table, 1)
+    _, arrays = build_sequences(table)
     assert arrays["items"][arrays["item_ids"] - 1].tolist() == [9, 8, 7, 5, 4, 6]
     assert len(arrays["timestamps"]) == len(arrays["ratings"]) == 0
 
@@ -202,7 +204,7 @@ def test_every_training_user_once_an_epoch(tiny_dataset, batch_size):
     assert max(sizes) <= batch_size
     for _, micro, num_targets in epoch:
         assert num_targets == sum((part["targets"] != 0).sum() for part in micro)
-    assert sum(num for _, _, num in epoch) == batches.num_tokens
+    assert sum(num for _, _, num in epoch) == batches.num_targets
 
 
 def test_more_than_a_pool_of_batches(tiny_dataset):
@@ -249,7 +251,7 @@ def test_similar_lengths_lie_together():
     batches = batches_of(make_dataset(histories), max_len=100, batch_size=10)
     epoch = epoch_of(batches)
     cells = sum(part["item_ids"].numel() for _, micro, _ in epoch for part in micro)
-    assert batches.num_tokens / cells > 0.9  # about 0.55 in random order
+    assert batches.num_targets / cells > 0.9  # about 0.55 in random order
 
 
 def test_random_windows_move_long_histories_only():
@@ -263,7 +265,7 @@ def test_random_windows_move_long_histories_only():
         inputs, targets = rows[4]
         assert len(inputs) == 290 and inputs[1:] == targets[:-1]
         seen[inputs[0]] += 1
-    assert batches.num_tokens == 290 + 2 + 1
+    assert batches.num_targets == 290 + 2 + 1
     # 298 training items have 8 windows of 291, which begin with 8 different items.
     assert len(seen) == 8 and max(seen.values()) < 2 * min(seen.values())
     half = batches_of(dataset, max_len=290, random_windows=0.5)
@@ -493,7 +495,7 @@ def test_fewer_users_than_ranks_are_refused(monkeypatch):
     as_rank(monkeypatch, 0, 2)
     batches_of(dataset)
     as_rank(monkeypatch, 0, 3)
-    with pytest.raises(UserError, match="3 ranks, but only 2 users"):
+    with pytest.raises(UserError, match="3 ranks, but only 2 sequences"):
         batches_of(dataset)
 
 
@@ -529,7 +531,7 @@ def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
     def fail(source):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(data, "read_dataset", fail)
+    monkeypatch.setattr(sequences, "read_dataset", fail)
     again = load_dataset(cfg)
     assert again.item_ids.tolist() == first.item_ids.tolist() and again.fingerprint == first.fingerprint
     assert again.notes == first.notes and again.protocol == first.protocol
@@ -541,10 +543,11 @@ def test_changed_file_is_read_again(tmp_path):
     rows = [(u, i, 1, i) for u in range(3) for i in range(4)]
     file = write_csv(tmp_path / "a.csv", rows)
     source = datasets.find_dataset(str(file), tmp_path)
-    first = data.prepare(source, 1)
-    assert data.prepare(source, 1) == first != data.prepare(source, 2)
+    cfg = DataConfig()
+    first = prepare(source, cfg)
+    assert prepare(source, cfg) == first != prepare(source, DataConfig(min_item_count=2))
     write_csv(file, [*rows, (0, 9, 1, 9)])
-    second = data.prepare(source, 1)
+    second = prepare(source, cfg)
     assert second != first and first.exists()
     assert len(np.load(second / "item_ids.npy")) == len(rows) + 1
 
@@ -561,13 +564,13 @@ def test_a_failing_prepare_leaves_nothing(tmp_path, monkeypatch, when):
 
     with monkeypatch.context() as patch:
         if when == "reading":
-            patch.setattr(data, "read_dataset", fail)
+            patch.setattr(sequences, "read_dataset", fail)
         else:
-            patch.setattr(data.json, "dumps", fail)  # after the arrays
+            patch.setattr(sequences.json, "dumps", fail)  # after the arrays
         with pytest.raises(OSError, match="disk full"):
-            data.prepare(source, 1)
+            prepare(source, DataConfig())
     assert not cache.exists() or list(cache.iterdir()) == []
-    assert data.prepare(source, 1).exists()
+    assert prepare(source, DataConfig()).exists()
     assert len(list(cache.iterdir())) == 1
 
 

@@ -218,7 +218,9 @@ def test_negative_feedback_is_seen_but_never_a_target(rated):
                 bad = plain.ratings[first + t] < 3
                 dropped += bad
                 assert after["targets"][row, t] == (0 if bad else before["targets"][row, t])
-    assert dropped and batches.num_tokens == sum(int((b["targets"] > 0).sum()) for b in made[False]) - dropped
+    assert (
+        dropped and batches.num_targets == sum(int((b["targets"] > 0).sum()) for b in made[False]) - dropped
+    )
 
 
 def test_fields_of_a_batch(rated):

@@ -25,9 +25,12 @@ def with_times_that_count(**changes):
 
 @pytest.mark.parametrize("request_time", [False, True])
 def test_each_action_gets_the_vectors_of_its_intervals(request_time):
-    module = with_times_that_count(request_time=request_time).inputs.time_embedding
+    inputs = with_times_that_count(request_time=request_time).inputs
     times = torch.tensor([[100.0, 100.0, 103.0]], dtype=torch.float64)
-    got = module({"timestamps": times, "next_timestamps": torch.tensor([[100.0, 103.0, 1e6]])})
+    later = torch.tensor([[100.0, 103.0, 1e6]], dtype=torch.float64)
+    batch = {"item_ids": torch.tensor([[1, 2, 3]]), "timestamps": times, "next_timestamps": later}
+    module, (row, _) = inputs.time_embedding, inputs.lay_out(batch)
+    got = module(row)
     since, until = [0.0, 0.0, 3.0], [0.0, 3.0, 1e6 - 103]
     for position in range(3):
         expected = module.since_last_embedding.weight[int(math.log(1 + since[position]) / 0.3)]

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from reclm.metrics import CUTOFFS, rank_of_target, ranking_sums
+from reclm.metrics import CUTOFFS, area_under_curve, chooses, click_metrics, rank_of_target, ranking_sums
 
 
 def brute_force_rank(scores, target):
@@ -73,3 +73,90 @@ def test_sums_add_up_over_ranks():
 
 def test_no_users_give_zero():
     assert set(ranking_sums(torch.zeros(0)).values()) == {0.0}
+
+
+# ---------------------------------------------------------------- impressions
+
+
+def clicks(levels, size=400, seed=0):
+    """Logits of few or many values, labels that follow them a little, and users: some of one class only."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-levels, levels, size) * 3 / levels
+    labels = (rng.random(size) < 1 / (1 + np.exp(-logits))).astype(int)
+    users = 7 * rng.integers(0, 40, size)
+    labels[users % 5 == 0] = users[users % 5 == 0] % 2
+    return logits, labels, users
+
+
+def measured(logits, labels, users):
+    return click_metrics(torch.tensor(logits), torch.tensor(labels), torch.tensor(users))
+
+
+def pairs_won(scores, labels):
+    """The AUC by its definition."""
+    better, worse = scores[labels == 1], scores[labels == 0]
+    return np.mean([(a > b) + (a == b) / 2 for a in better for b in worse])
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000])  # few levels: many ties
+def test_areas_by_brute_force(levels):
+    scores, labels, users = clicks(levels)
+    groups = np.unique(users, return_inverse=True)[1]
+    areas, positives, negatives = area_under_curve(*map(torch.tensor, (scores, labels, groups)))
+    both = 0
+    for group in range(groups.max() + 1):
+        of_group = labels[groups == group]
+        assert (positives[group], negatives[group]) == (of_group.sum(), (1 - of_group).sum())
+        if 0 < of_group.sum() < len(of_group):
+            both += 1
+            assert areas[group] == pytest.approx(pairs_won(scores[groups == group], of_group), rel=1e-12)
+        else:
+            assert areas[group].isnan()
+    assert 20 < both < len(areas)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_clicks_are_scikit_learns(levels):
+    logits, labels, users = clicks(levels)
+    got = measured(logits, labels, users)
+    chances = 1 / (1 + np.exp(-logits))
+    assert got["AUC"] == pytest.approx(roc_auc_score(labels, logits), rel=1e-12)
+    assert got["logloss"] == pytest.approx(log_loss(labels, chances), rel=1e-12)
+    assert got["NE"] == pytest.approx(log_loss(labels, chances) / log_loss(labels, [labels.mean()] * 400))
+    assert (got["positives"], got["impressions"]) == (pytest.approx(labels.mean()), 400)
+    mine = [users == user for user in np.unique(users)]
+    mine = [rows for rows in mine if 0 < labels[rows].mean() < 1]
+    areas, sizes = [pairs_won(logits[rows], labels[rows]) for rows in mine], [rows.sum() for rows in mine]
+    assert got["GAUC"] == pytest.approx(np.average(areas, weights=sizes), rel=1e-12)
+    assert got["GAUC"] != pytest.approx(np.mean(areas), rel=1e-6)
+    assert got["users of GAUC"] == len(mine)
+
+
+def test_the_order_of_impressions_changes_nothing():
+    columns = clicks(3)
+    order = np.random.default_rng(1).permutation(400)
+    first, second = measured(*columns), measured(*(column[order] for column in columns))
+    assert first.keys() == second.keys()
+    exact = [first[name] == second[name] for name in ("AUC", "GAUC", "users of GAUC", "positives")]
+    assert all(exact) and first["logloss"] == pytest.approx(second["logloss"], rel=1e-12)
+
+
+def test_what_is_not_defined_is_left_out():
+    logits = torch.tensor([0.0, 2.0, -1.0])
+    for label in (0, 1):
+        got = click_metrics(logits, torch.full((3,), label), torch.tensor([0, 0, 1]))
+        assert got.keys() == {"logloss", "positives", "impressions"} and got["positives"] == label
+        wrong = -logits.double() if label else logits.double()
+        assert got["logloss"] == pytest.approx(wrong.exp().log1p().mean().item())
+    got = click_metrics(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))  # both, but of no user
+    assert got["AUC"] == 1 and "NE" in got and not {"GAUC", "users of GAUC"} & got.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "valid/"])
+def test_an_epoch_is_chosen_by_the_first_there_is(prefix):
+    values = {
+        f"{prefix}{name}": value for name, value in {"logloss": 0.6, "AUC": 0.7, "NDCG@10": 0.1}.items()
+    }
+    for expected in (("NDCG@10", 0.1), ("AUC", 0.7), ("logloss", -0.6)):  # of losses the least
+        assert chooses(values, prefix) == expected
+        values.pop(prefix + expected[0])

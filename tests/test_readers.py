@@ -1,9 +1,7 @@
 """Reading data sets: the user's own tables, bad rows, and (where it is at hand) the real data."""
 
-import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -172,14 +170,6 @@ def test_text_ids_are_refused_where_ids_are_numbers(tmp_path):
 
 
 # ---------------------------------------------------------------- real data
-
-
-@pytest.fixture
-def real():
-    folder = os.environ.get("RECLM_DATA")
-    if not folder:
-        pytest.skip("RECLM_DATA does not name the folder with the real data sets")
-    return Path(folder)
 
 
 def sizes(table):

@@ -56,8 +56,8 @@ def measure(spec: dict) -> dict:
         "train_seconds": row["train_seconds"],
         "epoch_seconds": row["train_seconds"],
         "steps": len(run.batches),
-        "positions": run.batches.num_tokens,
-        "targets": run.batches.num_tokens,
+        "positions": run.batches.num_targets,
+        "targets": run.batches.num_targets,
         "eval_seconds": time.time() - ranking,
         "eval_users": len(dataset.evaluated),
     }
