@@ -29,7 +29,7 @@ def labelled(table, **settings):
 # ---------------------------------------------------------------- which count, and what is positive
 
 
-@pytest.mark.parametrize(("positive_from", "least"), [(4.0, 4), (2.5, 3), (6.0, 6)])
+@pytest.mark.parametrize(("positive_from", "least"), [(4.0, 4), (2.5, 3), (5.0, 5)])
 def test_ratings_become_labels(positive_from, least):
     table = impressions_table().drop(columns="label")
     got = labelled(table, positive_from=positive_from)
@@ -128,10 +128,10 @@ def test_the_unknown_are_held_out_by_time_only():
     rows = [("a", "x", 0), ("b", "y", 1), ("a", "y", 2), ("b", "x", 9), ("c", "x", 9), ("a", "z", 9),
             ("c", "z", 10), ("a", "x", 10)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
-    table = table.assign(rating=4, timestamp=table["timestamp"] * DAY)
+    table = table.assign(rating=[3, 4] * 4, timestamp=table["timestamp"] * DAY)
     kept, _, notes = label_impressions(table, DataConfig(ctr_split="time"))
     assert kept.index.tolist() == [0, 1, 2, 3, 7]
-    assert "3 held-out impressions of users or items that never train" in notes[0]
+    assert notes[0].startswith("3 held-out impressions dropped")
     kept, _, notes = label_impressions(table, DataConfig(ctr_split="random"))
     assert len(kept) == len(table) and "the future leaks" in notes[0]
 
