@@ -83,7 +83,7 @@ def test_a_row_has_the_last_actions_before_its_impression(csv):
 def test_each_round_ranks_all_that_is_compared(monkeypatch):
     """By the numbers of candidates that go through the blocks together."""
     cfg = build_config({"task": "ctr", "dim": 8, "max_len": 6, "time_tokens": "embedding"})
-    model, widths = bench_ctr.spine.SequenceRecommender, []
+    model, widths, default = bench_ctr.spine.SequenceRecommender, [], bench_ctr.spine.CANDIDATES_AT_ONCE
     context = model.candidate_context
 
     def spy(self, row, candidates):
@@ -91,11 +91,19 @@ def test_each_round_ranks_all_that_is_compared(monkeypatch):
         return context(self, row, candidates)
 
     monkeypatch.setattr(model, "candidate_context", spy)
-    found = bench_ctr.ranking(cfg, users=2, counts=[1, 5], sizes=[2, 3], rounds=1)
-    assert widths == 2 * [1, 5, *[1] * bench_ctr.ONE_BY_ONE, 2, 2, 1, 3, 2, 5]  # the last: the default
-    assert found["default"] == bench_ctr.spine.CANDIDATES_AT_ONCE
-    assert found["anew"][5] == pytest.approx(5 * found["anew"][1])
-    assert list(found["at_once"]) == [2, 3, found["default"]]
+    found = bench_ctr.ranking(cfg, users=2, counts=[1, 5], sizes=[2, 3, 500], rounds=1)
+    one_round = [1, 5, *[1] * bench_ctr.ONE_BY_ONE, 2, 2, 1, 3, 2, 5, 5]
+    assert widths == 2 * one_round  # the first is not counted
+    assert bench_ctr.spine.CANDIDATES_AT_ONCE == found["default"] == default
+    assert list(found["at_once"]) == [2, 3, default, 500]
+
+
+def test_one_by_one_is_measured_for_a_few_and_multiplied(monkeypatch):
+    monkeypatch.setattr(bench_ctr, "interleaved", lambda works, rounds: dict.fromkeys(works, 2.0))
+    cfg = build_config({"task": "ctr", "dim": 8, "max_len": 6})
+    found = bench_ctr.ranking(cfg, users=1, counts=[1, 50], sizes=[], rounds=1)
+    assert found["once"] == {1: 2000, 50: 2000}
+    assert found["anew"] == {1: 2000 / bench_ctr.ONE_BY_ONE, 50: 50 * 2000 / bench_ctr.ONE_BY_ONE}
 
 
 def test_both_forms_train_on_the_same_impressions(csv, monkeypatch):
