@@ -131,7 +131,7 @@ def test_the_unknown_are_held_out_by_time_only():
     table = table.assign(rating=[3, 4] * 4, timestamp=table["timestamp"] * DAY)
     kept, _, notes = label_impressions(table, DataConfig(ctr_split="time"))
     assert kept.index.tolist() == [0, 1, 2, 3, 7]
-    assert notes[0].startswith("3 held-out impressions dropped")
+    assert notes[0].startswith("3 held-out impressions")
     kept, _, notes = label_impressions(table, DataConfig(ctr_split="random"))
     assert len(kept) == len(table) and "the future leaks" in notes[0]
 
