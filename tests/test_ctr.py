@@ -1,8 +1,8 @@
 """--task=ctr from end to end: ranks, files, starting from a matching run, ranking own candidates."""
 
+import hashlib
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,20 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from launch import MAIN, TINY, environment, here, read_json, read_state, snapshot, torchrun, write_csv
+from launch import MAIN, TINY, here, read_json, read_state, snapshot, torchrun, write_csv
 from sklearn.metrics import roc_auc_score
 from test_bad_input import assert_refused
 
 from data import load_dataset
 from evaluate import score_impressions
 from main import open_checkpoint
-from reclm import impressions
+from reclm import datasets, impressions, readers
 from reclm.config import DataConfig
+
+sys.path.insert(0, str(MAIN.parent / "scripts"))
+import rank
 
 SPLIT = ["--dataset=tiny.csv", "--ctr_split=random"]
 MODEL = [flag for flag in TINY if "num_negatives" not in flag]
 CTR = [*MODEL, *SPLIT, "--task=ctr"]
-SCRIPT = MAIN.parent / "scripts" / "rank.py"
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,24 @@ def test_a_split_with_one_class_has_no_auc_but_a_logloss(work):
     assert result["best_epoch"] == int(np.argmin(losses))
 
 
+def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
+    """In these files a tag was given where it is as odd as the item: only the context can tell."""
+    folder = tmp_path / "data" / "movielens-latest-x1"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 900), ("valid", 200), ("test", 200)):
+        users, items, tags = rng.integers(0, (20, 4, 4), (count, 3)).T
+        rows = zip(users, items, tags, (items + tags) % 2, strict=True)
+        lines = ["user_id,item_id,tag_id,label", *(",".join(map(str, row)) for row in rows)]
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    monkeypatch.setattr(datasets, "X1_MD5", {f"{name}.csv": md5[f"{name}.csv"] for name in readers.SPLITS})
+    recipe = f"--config={MAIN.parent / 'configs' / 'ctr_movielens_latest.yaml'}"
+    here(recipe, *MODEL, "--num_epochs=6", "--max_len=50", "--out_dir=tags", cwd=tmp_path).ok()
+    result = read_json(tmp_path / "tags" / "result.json")
+    assert result["test"]["AUC"] > 0.9 and "split as given" in result["protocol"]
+
+
 # ---------------------------------------------------------------- starting from a matching run
 
 
@@ -139,17 +159,14 @@ def test_refused(work, case):
 # ---------------------------------------------------------------- own candidates
 
 
-def rank(*flags, cwd):
-    command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment())
+RANK = ["--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth"]
 
 
 def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
     """The same probabilities as of a row of its own for each."""
     table = [("u3", "i7"), ("u5", "i1"), ("u3", "i1"), ("u3", "i24")]
     (work / "c.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in table))
-    result = rank("--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth", cwd=work)
-    assert result.returncode == 0 and "4 candidates of 2 users" in result.stdout, result.stderr
+    assert "4 candidates of 2 users" in here(*RANK, cwd=work, program=rank.main).ok().stdout
     ranked = pd.read_csv(work / "ranked.csv")
     assert (
         ranked["user"].tolist() == ["u3"] * 3 + ["u5"] and ranked["probability"][:3].is_monotonic_decreasing
@@ -179,9 +196,8 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
 )
 def test_unknown_candidates_are_refused(work, line, named):
     (work / "c.csv").write_text(f"user,item\nu1,i1\n{line}\n")
-    result = rank("--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth", cwd=work)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert len(re.findall("error:.*", result.stderr)) == 1 and all(name in result.stderr for name in named)
+    said = here(*RANK, cwd=work, program=rank.main).code  # the text of SystemExit
+    assert said.startswith("error: ") and "\n" not in said and all(name in said for name in named)
     assert not (work / "ranked.csv").exists()
 
 
