@@ -169,11 +169,13 @@ def test_what_is_known_by_default():
 @pytest.mark.parametrize(("split", "seed"), [("time", 0), ("random", 0), ("random", 3)])
 def test_matching_learns_from_what_trains_of_the_same_split(tmp_path, split, seed):
     rows = [(user, item, rating, 9000 * time) for user, item, rating, time in tiny_rows()]
+    rows += [(user, 100 + user, 4, 9_000_000) for user in range(60)]  # once each: at random some never train
     cfg = DataConfig(dataset=str(write_csv(tmp_path / "a.csv", rows)), ctr_split=split, split_seed=seed)
     whole, part = load_dataset(cfg, "ctr"), load_dataset(cfg)
     assert part.ids == whole.ids and part.num_items == whole.num_items and not len(part.labels)
     trains = whole.splits == SPLITS["train"]
     assert 0 < len(part.item_ids) == trains.sum() < len(trains)
+    assert (len(set(part.item_ids)) < part.num_items) == (split == "random")
     for user in range(whole.num_users):
         first, last = whole.offsets[user : user + 2]
         ours = slice(*part.offsets[user : user + 2])
