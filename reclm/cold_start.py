@@ -6,7 +6,7 @@ from reclm.errors import UserError
 
 
 def hold_out(arrays: dict[str, np.ndarray], share: float) -> tuple[dict[str, np.ndarray], str]:
-    """Arrays of `data.build_sequences` -> the same without a random `share` of the items, and a note.
+    """Arrays of `sequences.build_sequences` -> the same without a random `share` of the items, and a note.
 
     What is left of a user: all actions with other items up to the last action with one of these, and that
     one, which is the test target. So training and validation never see them, and every user's test target is

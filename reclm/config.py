@@ -204,7 +204,7 @@ class TrainConfig:
     grad_accum_steps: int = 1
     """cut each batch into this many passes to save memory; the result is the same"""
     patience: int = 0
-    """stop after this many epochs without a better validation NDCG@10; 0 = never"""
+    """stop after this many epochs without a better validation; 0 = never"""
     seed: int = 0
     """of initial weights, order, dropout and negatives"""
     init_from: str | None = None
@@ -296,12 +296,12 @@ NEEDS = {
     "positive_from": IMPRESSIONS,
     "drop_rating": IMPRESSIONS,
     "min_positives": IMPRESSIONS,
-    "utc_offset": {"ctr_split": ("time",)},
-    "split_seed": {"ctr_split": ("random",)},
+    "utc_offset": IMPRESSIONS,
+    "split_seed": IMPRESSIONS,
 }
 NO_RANKER = (
-    "cold_items", "time_head", "request_time", "scores", "loss", "num_negatives", "share_negatives",
-    "exclude_history", "negative_below", "filter_seen",
+    "min_item_count", "cold_items", "time_head", "request_time", "scores", "loss", "num_negatives",
+    "share_negatives", "exclude_history", "negative_below", "filter_seen",
 )  # fmt: skip
 
 

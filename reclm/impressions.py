@@ -20,60 +20,67 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     """Interactions in file order -> those that count, with the columns `label` (0 or 1), `split` (of SPLITS)
     and `in_history` (bool: may a later impression know of it?); the protocol in words, and notes. Raises
     UserError."""
-    protocol, notes = ["CTR"], []
+    table, rules = label_rows(table, cfg)
+    how = cfg.ctr_split or ("own" if "split" in table else "time")
+    for name, needed in (("utc_offset", "time"), ("split_seed", "random")):
+        if getattr(cfg, name) and how != needed:
+            raise UserError(f"--{name} has no effect with --ctr_split={how}: leave it out")
+    splitter, words = SPLITTERS[how]
+    table = table.assign(split=splitter(table, cfg))
+    train = table["split"] == SPLITS["train"]
+    if how == "time":
+        known = table["user"].isin(table["user"][train]) & table["item"].isin(table["item"][train])
+        note = f"{(~known).sum():,} held-out impressions of users or items that never train are dropped"
+        table, train = table[known], train[known]
+    else:
+        note = f"--ctr_split={how}: what trains may be later than what is tested, so the future leaks"
+    check_splits(table, how)
+    past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
+    of_history = "" if past else ", of what trains,"
+    rules += [
+        words.format(cfg.utc_offset),
+        f"all that its user did before{of_history} is known of an impression",
+    ]
+    return table.assign(in_history=past | train), "; ".join(["CTR", *rules]), [note]
+
+
+def label_rows(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, list[str]]:
+    """The rows that count, with a label each, and the rules that they follow."""
+    rules = []
     if cfg.drop_rating is not None:
-        table = table[rating_of(table, "drop_rating") != cfg.drop_rating]
-        protocol.append(f"ratings of {cfg.drop_rating:g} dropped")
+        if "rating" not in table:
+            raise UserError("--drop_rating needs ratings, but the data have none: leave it out")
+        table = table[table["rating"] != cfg.drop_rating]
+        rules.append(f"ratings of {cfg.drop_rating:g} dropped")
     if "label" in table:
         label = table["label"].astype(np.int8)
+    elif "rating" in table:
+        label = (table["rating"] >= cfg.positive_from).astype(np.int8)
+        rules.append(f"ratings of {cfg.positive_from:g} or more are positive")
     else:
-        label = (rating_of(table, "task=ctr") >= cfg.positive_from).astype(np.int8)
-        protocol.append(f"ratings of {cfg.positive_from:g} or more are positive")
+        raise UserError("click-through needs ratings or a column label, but the data have neither")
     table = table.assign(label=label)
     if cfg.min_positives:
         table = positive_core(table, cfg.min_positives)
-        protocol.append(f"users and items with {cfg.min_positives} positives or more")
+        rules.append(f"users and items with {cfg.min_positives} positives or more")
     if table.empty:
         raise UserError("no interaction is left: use a lower --min_positives or no --drop_rating")
-    how = cfg.ctr_split or ("own" if "split" in table else "time")
-    splitter, words = SPLITTERS[how]
-    protocol.append(words.format(cfg.utc_offset))
-    table = table.assign(split=splitter(table, cfg))
-    if how == "time":
-        train = table[table["split"] == SPLITS["train"]]
-        known = table["user"].isin(train["user"]) & table["item"].isin(train["item"])
-        notes.append(
-            f"{(~known).sum():,} held-out impressions of users or items that never train are dropped"
-        )
-        table = table[known]
-    else:
-        notes.append(f"--ctr_split={how}: what trains may be later than what is tested, so the future leaks")
-    past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
-    protocol.append("all that its user did before" if past else "what its user did before, of what trains,")
-    protocol[-1] += " is known of an impression"
-    in_history = past | (table["split"] == SPLITS["train"])
-    for name in SHARES:
-        if not (table["split"] == SPLITS[name]).any():
+    return table, rules
+
+
+def check_splits(table: pd.DataFrame, how: str) -> None:
+    for name, purpose in {"train": "train on", "valid": "validate with", "test": "test with"}.items():
+        labels = table["label"][table["split"] == SPLITS[name]]
+        if labels.empty:
             remedy = "; try --ctr_split=random" if how == "time" else ""
             raise UserError(
-                f"no impression is left to {PURPOSES[name]} (--ctr_split={how}): too little data{remedy}"
+                f"no impression is left to {purpose} (--ctr_split={how}): too little data{remedy}"
             )
-    trained = table["label"][table["split"] == SPLITS["train"]]
-    if trained.nunique() < 2:
-        raise UserError(
-            f"all {len(trained):,} impressions that train have the label {trained.iloc[0]}: there is nothing "
-            "to learn; use another --positive_from"
-        )
-    return table.assign(in_history=in_history), "; ".join(protocol), notes
-
-
-PURPOSES = {"train": "train on", "valid": "validate with", "test": "test with"}
-
-
-def rating_of(table: pd.DataFrame, flag: str) -> pd.Series:
-    if "rating" not in table:
-        raise UserError(f"--{flag} needs ratings or labels, but the data have neither")
-    return table["rating"]
+        if name == "train" and labels.nunique() < 2:
+            raise UserError(
+                f"all {len(labels):,} impressions that train have the label {labels.iloc[0]}: there is nothing "
+                "to learn; use another --positive_from"
+            )
 
 
 def positive_core(table: pd.DataFrame, least: int) -> pd.DataFrame:

@@ -190,7 +190,7 @@ def test_matching_learns_from_what_trains_of_the_same_split(tmp_path, split, see
 @pytest.mark.parametrize(
     ("without", "settings", "words"),
     [
-        (["rating", "label"], {}, "--task=ctr needs ratings or labels"),
+        (["rating", "label"], {}, "click-through needs ratings"),
         (["rating"], {"drop_rating": 3.0}, "--drop_rating needs ratings"),
         (["timestamp"], {"ctr_split": "time"}, "--ctr_split=time needs timestamps.*--ctr_split=random"),
         (["split"], {"ctr_split": "own"}, "--ctr_split=own needs a column split"),
