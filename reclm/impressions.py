@@ -78,8 +78,8 @@ def check_splits(table: pd.DataFrame, how: str) -> None:
             )
         if name == "train" and labels.nunique() < 2:
             raise UserError(
-                f"all {len(labels):,} impressions that train have the label {labels.iloc[0]}: there is nothing "
-                "to learn; use another --positive_from"
+                f"all {len(labels):,} impressions that train have the label {labels.iloc[0]}: there is "
+                "nothing to learn; use another --positive_from"
             )
 
 
