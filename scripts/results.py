@@ -8,7 +8,7 @@ import statistics
 import sys
 from pathlib import Path
 
-METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR")
+METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR", "AUC", "GAUC", "logloss", "NE")  # of either task
 SOME = (  # of runs with --negative_below, --cold_items or --time_head
     "liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10",
     "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
@@ -33,14 +33,16 @@ def main(folders: list[str]) -> None:
     if len(protocols) > 1:
         raise SystemExit(f"error: these runs follow different protocols: {', '.join(sorted(protocols))}")
     first = results[0]
-    print(f"protocol  {first['protocol']}; seen items {'left out' if first['filter_seen'] else 'kept in'}")
+    names = [name for name in (*METRICS, *SOME) if name in first["test"]]  # by the first an epoch is chosen
+    seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}" * ("HR@10" in names)
+    print(f"protocol  {first['protocol']}{seen}")
     print(f"commit    {', '.join(sorted({result['commit'] for result in results}))}")
     print(f"date      {first['date'][:10]}, {first['world_size']} rank(s), {first['machine']}")
     print(f"seeds     {', '.join(str(result['seed']) for result in results)}")
     print(f"minutes   {', '.join(format(result['seconds'] / 60, '.1f') for result in results)}")
     print(f"epoch     {', '.join(str(result['best_epoch']) for result in results)} (best on validation)")
-    print(f"valid     NDCG@10 {spread([result['valid']['NDCG@10'] for result in results])}")
-    for name in (*METRICS, *(name for name in SOME if name in first["test"])):
+    print(f"valid     {names[0]} {spread([result['valid'][names[0]] for result in results])}")
+    for name in names:
         print(f"test      {name} {spread([result['test'][name] for result in results])}")
 
 

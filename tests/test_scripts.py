@@ -8,8 +8,11 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent.parent / "scripts" / "results.py"
 
 
-def write_result(folder, seed, score, protocol="P3"):
-    metrics = dict.fromkeys(("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR"), score)
+RANKING = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR")
+
+
+def write_result(folder, seed, score, protocol="P3", names=RANKING):
+    metrics = dict.fromkeys(names, score)
     folder.mkdir()
     result = {
         "protocol": protocol, "filter_seen": True, "commit": "abc", "date": "2026-01-02 03:04:05",
@@ -29,6 +32,14 @@ def test_mean_and_sample_deviation(tmp_path):
     shown = run(*folders).stdout
     assert "test      NDCG@10 0.2000 ± 0.1000" in shown  # sqrt((.01 + 0 + .01) / 2)
     assert "seeds     0, 1, 2" in shown and "minutes   1.5, 1.5, 1.5" in shown
+
+
+def test_a_ranker_has_metrics_of_its_own(tmp_path):
+    clicks = ("logloss", "AUC", "GAUC", "NE")
+    folders = [write_result(tmp_path / str(i), i, 0.5 + i / 10, "CTR", clicks) for i in range(2)]
+    shown = run(*folders).stdout
+    assert "valid     AUC 0.5500 ± 0.0707" in shown and "test      logloss 0.5500" in shown
+    assert "NDCG" not in shown and "protocol  CTR\n" in shown
 
 
 def test_refuses_unfinished_runs_and_mixed_protocols(tmp_path):
