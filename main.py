@@ -129,7 +129,8 @@ class Trainer:
         self.out_dir = out_dir
         if not (out_dir / "best.pth").is_file():  # resumed into a new folder: its own best counts
             self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
-        self.logger = Logger(out_dir, self.history)
+        unit = "impressions" if self.cfg.model.task == "ctr" else "tokens"
+        self.logger = Logger(out_dir, self.history, unit)
         self.stop = dist.StopRequest()
         self.started = time.time() - self.progress.seconds
 

@@ -24,8 +24,8 @@ class Logger:
 
     Files are written through `on_main`, so that a full disk ends all ranks with the same one line."""
 
-    def __init__(self, out_dir: Path, history: list[dict]):
-        self.out_dir, self.history = Path(out_dir), history
+    def __init__(self, out_dir: Path, history: list[dict], unit: str = "tokens"):
+        self.out_dir, self.history, self.unit = Path(out_dir), history, unit
         self.bar = self.board = None
         dist.on_main(self.open)
 
@@ -44,9 +44,9 @@ class Logger:
                 leave=not terminal, mininterval=0.5 if terminal else 10, dynamic_ncols=True,
             )  # fmt: skip
 
-    def step(self, loss: float, tokens_per_second: float) -> None:
+    def step(self, loss: float, speed: float) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", False)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} {self.unit}/s", False)
             self.bar.update()
 
     def end_epoch(self, row: dict) -> None:

@@ -197,12 +197,13 @@ def commit() -> str:
 
 
 def format_epoch(row: dict[str, float]) -> str:
-    names = ("HR@10", "NDCG@10") if "valid/HR@10" in row else ("AUC", "logloss")
+    is_ranking = "valid/HR@10" in row
+    names, unit = (("HR@10", "NDCG@10"), "tokens") if is_ranking else (("AUC", "logloss"), "impressions")
     metrics = "  ".join(f"{name} {row[f'valid/{name}']:.4f}" for name in names if f"valid/{name}" in row)
     return (
         f"epoch {row['epoch']:3d}   loss {row['loss']:.4f}   valid {metrics}   "
         f"{row['train_seconds']:.1f} s + {row['eval_seconds']:.1f} s   "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
+        f"{row['tokens_per_second']:,.0f} {unit}/s"
     )
 
 
