@@ -251,7 +251,7 @@ class Impressions:
             "candidate_ids": shown(dataset.item_ids),
             "candidate_seen": (shown(dataset.num_seen) - self.skipped[rows, None]).clip(min=0),
             "rows": candidates,
-            "targets": shown(1 + dataset.labels),
+            "targets": shown(dataset.labels) + real,
         }
         if len(dataset.timestamps):
             batch["candidate_times"] = shown(dataset.timestamps)
