@@ -37,7 +37,7 @@ from reclm.optim import build_optimizer, learning_rate, update_average
 MODEL_NAMES = [field.name for field in fields(ModelConfig)]
 DATA_NAMES = [
     "dataset", "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
-    "min_positives", "utc_offset", "split_seed", "ctr_history",
+    "min_positives", "utc_offset", "split_seed",
 ]  # fmt: skip
 MODELS = dict.fromkeys(BLOCKS, SequenceRecommender)  # by --model_name; scripts/ctr_baselines.py adds its own
 

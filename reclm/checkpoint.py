@@ -24,7 +24,7 @@ TRAJECTORY = [
     "loss", "num_negatives", "share_negatives", "exclude_history", "negative_below", "time_weight", "gbce_t",
     "batch_size", "lr",
     "weight_decay", "embedding_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows",
-    "ema", "seed",
+    "ema", "seed", "ctr_history",
 ]  # fmt: skip
 
 
