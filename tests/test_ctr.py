@@ -59,6 +59,18 @@ def test_the_number_of_ranks_changes_no_metric(work):
         assert ours == pytest.approx(result[split], abs=1e-4)
 
 
+def test_what_is_known_of_an_impression_may_be_another_in_evaluation(work):
+    """Where the split is one of time, so that the rows and their order are the same."""
+    table = pd.read_csv(work / "tiny.csv")
+    table.assign(timestamp=table["timestamp"] * 86400).to_csv(work / "days.csv", index=False)
+    here(*MODEL, "--dataset=days.csv", "--task=ctr", "--num_epochs=1", "--out_dir=days", cwd=work).ok()
+    here("--eval_only=true", "--ctr_history=train", "--out_dir=days", cwd=work).ok()
+    past, train = (read_json(work / "days" / name) for name in ("result.json", "eval-best.json"))
+    assert "of what trains" not in past["protocol"] and "of what trains" in train["protocol"]
+    assert past["test"]["impressions"] == train["test"]["impressions"]
+    assert past["test"]["logloss"] != train["test"]["logloss"]
+
+
 def test_auc_is_that_of_scikit_learn_on_the_same_scores(work, monkeypatch):
     monkeypatch.chdir(work)
     cfg, dataset, model = open_checkpoint({}, Path("run/best.pth"))
