@@ -68,9 +68,7 @@ class Dataset:
     # Of impressions (--task=ctr; reclm/impressions.py), each (rows,) and empty elsewhere.
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # 0 or 1
     splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # one of SPLITS
-    num_seen: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # first rows of its user it sees
+    num_seen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of its user's first rows
     contexts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # codes from 1 on
     # What this run gives the model, empty where it is not asked for; see features.choose_inputs.
     profile_sizes: tuple[int, ...] = ()
