@@ -1,4 +1,4 @@
-"""All settings: dataclass sections, overridden by a YAML file, overridden by flags.
+"""All settings, as dataclass sections. reclm/flags.py fills them from YAML files and flags.
 
 Names are unique over the sections, so flags and YAML keys need no prefix: `--lr=5e-4 --n_layers=4`.
 The text under each field is its help text (`python main.py --help`).
@@ -6,86 +6,101 @@ The text under each field is its help text (`python main.py --help`).
 
 import math
 import os
-import re
-from argparse import ArgumentError
-from argparse import ArgumentParser as ArgumentParserOfPython
-from dataclasses import asdict, dataclass, fields
-from typing import Literal
-
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from reclm.errors import UserError
+
+# What fixes a setting once a model is trained, named on each field:
+#   model, data  every use of a checkpoint: evaluation, resume
+#   trajectory   a resumed run, whose weights depend on it
+#   leak         --init_from: with another value the checkpoint may have learned from what this run is tested with
+#   free         nothing
+PARTS = ("model", "data", "trajectory", "leak", "free")
+
+
+class AnyBut(list):
+    """All values but those listed."""
+
+    def __contains__(self, value: Any) -> bool:
+        return not super().__contains__(value)
+
+
+MATCHING = {"task": ("matching",)}
+CTR = {"task": ("ctr",)}
+IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
+LLAMA = {"model_name": ("llama",)}
+READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
+
+
+def setting(default: Any, fixed: str, *needs: dict[str, tuple]) -> Any:
+    """A field with its default and the PARTS that fix it. Another value than the default has an effect only
+    where, for each of `needs`, one of the settings named has one of the values listed."""
+    return field(default=default, metadata={"fixed": fixed.split(), "needs": needs})
 
 
 @dataclass
 class ModelConfig:
-    """Model: fixed by the checkpoint once trained"""
+    """Model"""
 
-    task: Literal["matching", "ctr"] = "matching"
-    """matching = rank the whole catalogue by what comes next; ctr = how likely is it that the user likes what
-    is shown (reclm/impressions.py)"""
-    model_name: Literal["llama", "hstu"] = "llama"
-    """kind of block: LLaMA2 (model.py) or HSTU (reclm/hstu.py)"""
-    max_len: int = 200
+    task: str = setting("matching", "model")
+    """matching = rank the whole catalogue by what comes next; ctr = how likely is it that the user likes an
+    item shown (reclm/data/impressions.py)"""
+    model_name: str = setting("llama", "model")
+    """kind of block: llama (LLaMA2, model.py) or hstu (reclm/nn/hstu.py)"""
+    max_len: int = setting(200, "model")
     """T: a user's history is cut to the last max_len actions"""
-    dim: int = 64
+    dim: int = setting(64, "model")
     """D: model width"""
-    n_layers: int = 2
+    n_layers: int = setting(2, "model")
     """number of blocks"""
-    n_heads: int = 2
+    n_heads: int = setting(2, "model")
     """H: query heads"""
-    n_kv_heads: int = 0
+    n_kv_heads: int = setting(0, "model", LLAMA)
     """G: key-value heads of grouped-query attention; 0 = as many as n_heads"""
-    hidden_dim: int = 0
+    hidden_dim: int = setting(0, "model", LLAMA)
     """F: feed-forward width; 0 = 8/3 dim, rounded up to a multiple of 32"""
-    window: int = 0
+    window: int = setting(0, "model")
     """W: attend to the last `window` positions only; 0 = to all"""
-    attention_norm: Literal["length", "max_len"] = "length"
-    """hstu: attention is divided by the number of positions attended to, or always by max_len"""
-    position_embedding: bool = False
-    """add to each item's embedding one of the number of actions before it (reclm/positions.py)"""
-    profile_tokens: bool = False
-    """begin each row with tokens of the user's profile: gender, age, ... (reclm/inputs.py)"""
-    time_tokens: Literal["none", "tokens", "embedding"] = "none"
+    position_embedding: bool = setting(False, "model")
+    """add an embedding of the number of earlier actions to each item's (reclm/nn/layers.py)"""
+    profile_tokens: bool = setting(False, "model")
+    """begin each row with tokens of the user's profile: gender, age, ... (reclm/nn/inputs.py)"""
+    time_tokens: Literal["none", "tokens", "embedding"] = setting("none", "model")
     """the time since the action before: a token of its own, with hour and weekday where a session begins, or
-    an embedding added to the item's (reclm/intervals.py)"""
-    action_embedding: bool | None = None
-    """add to each item's embedding one of the rating it was given [default: true with task=ctr]"""
-    item_features: str | None = None
-    """know items by content, too: a comma-separated list of genres, year, title (of the item table) and paths
-    of .npy or .safetensors files with one row an item"""
-    id_dropout: float = 0.0
+    an embedding added to the item's (reclm/nn/inputs.py)"""
+    action_embedding: bool | None = setting(None, "model")
+    """add an embedding of the rating given to each item's [default: true with task=ctr]"""
+    item_features: str | None = setting(None, "model")
+    """item content besides ids: a comma-separated list of genres, year, title (of the item table) and paths
+    of .npy or .safetensors files with one row per item"""
+    id_dropout: float = setting(0.0, "model")
     """share of the items that go without their id in a training step: content learns to stand alone"""
-    time_head: bool = False
-    """learn the distribution of the time to the next action as well (reclm/next_time.py)"""
-    request_time: bool = False
-    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_tokens; name it
-    beside every number"""
-    gated_residuals: bool = False
+    time_head: bool = setting(False, "model", MATCHING)
+    """learn the distribution of the time to the next action as well (reclm/nn/heads.py)"""
+    request_time: bool = setting(False, "model", MATCHING, READS_TIMES)
+    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_tokens; such numbers
+    compare only with others that know it"""
+    gated_residuals: bool = setting(False, "model", LLAMA)
     """llama: a learned gate on each residual branch (LiGR, arXiv 2502.03417)"""
-    dropout: float = 0.2
+    dropout: float = setting(0.2, "model")
     """on the embedding and on the residual branches"""
-    user_embedding: Literal["none", "explicit"] = "none"
+    user_embedding: Literal["none", "explicit"] = setting("none", "model")
     """explicit = add a learned vector per user (SASRec, section III.E)"""
-    scores: Literal["dot", "cosine"] = "dot"
-    """MF layer: dot product, or cosine divided by `temperature`"""
-    temperature: float = 0.05
-    """of cosine scores"""
-    norm_eps: float = 1e-6
-    """of RMSNorm"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "trajectory")
     """of the blocks; embeddings, loss and ranking stay in float32"""
 
     def __post_init__(self):
+        is_ctr = self.task == "ctr"
         if self.action_embedding is None:
-            self.action_embedding = self.task == "ctr"
-        positive(self, "max_len", "dim", "n_layers", "n_heads", "temperature", "norm_eps")
+            self.action_embedding = is_ctr
+        positive(self, "max_len", "dim", "n_layers", "n_heads")
         not_negative(self, "n_kv_heads", "hidden_dim", "window")
         probability(self, "dropout")
         probability(self, "id_dropout")
         if self.id_dropout and not self.item_features:
             raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: leave it out")
-        if self.task == "ctr" and self.time_tokens == "tokens":
+        if is_ctr and self.time_tokens == "tokens":
             raise UserError("--time_tokens=tokens is for --task=matching: use --time_tokens=embedding")
         if self.time_head and self.request_time:
             raise UserError("--request_time=true tells what --time_head=true is to predict: drop one")
@@ -99,6 +114,10 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
     def ffn_dim(self) -> int:
         return self.hidden_dim or 32 * math.ceil(self.dim * 8 / 3 / 32)
 
@@ -107,41 +126,37 @@ class ModelConfig:
 class DataConfig:
     """Data"""
 
-    dataset: str | None = None
+    dataset: str | None = setting(None, "data")
     """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (ctr), or a path to a .csv or .parquet
     file with the columns user,item[,rating][,timestamp][,label][,context][,split]; not given: MovieLens-1M,
-    or what can be had of it"""
-    data_dir: str | None = None
+    or where it cannot be had MovieLens-100K"""
+    data_dir: str | None = setting(None, "free")
     """where data files are looked for and downloaded to [default: $RECLM_DATA, else data/]"""
-    min_item_count: int = 1
+    min_item_count: int = setting(1, "data leak", MATCHING)
     """drop items with fewer interactions (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
-    shuffle_ties: int = 0
+    shuffle_ties: int = setting(0, "data leak")
     """seed: actions of the same user and second in a random order; 0 = in the order of the file"""
-    cold_items: float = 0.0
+    cold_items: float = setting(0.0, "data leak", MATCHING, {"exclude_history": (True,)})
     """share of the items to keep out of training and to be the test items, for a cold-start evaluation"""
-    ctr_split: Literal["time", "random", "own"] | None = None
-    """what trains, validates and tests a ranker, 8:1:1: by the span of time, at random, or as the column
-    split says [default with task=ctr: own where there is that column, else time]; with task=matching: learn
-    from the training part alone, for init_from"""
-    ctr_history: Literal["past", "train"] | None = None
-    """ctr: an impression sees all that its user did before it, or of that only what trains [default: past
-    with ctr_split=time, else train]"""
-    positive_from: float = 4.0
-    """ctr: a rating of this or more is positive (a column label says it itself)"""
-    drop_rating: float | None = None
-    """ctr: drop what was rated so"""
-    min_positives: int = 0
+    ctr_split: Literal["time", "random", "own"] | None = setting(None, "data leak")
+    """how impressions are split 8:1:1: by the span of time, at random, or by the column split [default with
+    task=ctr: own if that column exists, else time]; with task=matching: train on the training part only, for
+    init_from"""
+    ctr_history: Literal["past", "train"] | None = setting(None, "trajectory", CTR)
+    """ctr: the history of an impression is all that its user did before it, or the training part of that
+    [default: past with ctr_split=time, else train]"""
+    positive_from: float = setting(4.0, "data leak", IMPRESSIONS)
+    """ctr: a rating of this or more is positive (a column label overrides it)"""
+    drop_rating: float | None = setting(None, "data leak", IMPRESSIONS)
+    """ctr: drop the rows with this rating"""
+    min_positives: int = setting(0, "data leak", IMPRESSIONS)
     """ctr: drop users and items with fewer positives, until all have them"""
-    utc_offset: float = 0.0
+    utc_offset: float = setting(0.0, "data leak", IMPRESSIONS)
     """hours that the days of ctr_split=time are ahead of UTC"""
-    split_seed: int = 0
-    """of ctr_split=random"""
-    unordered_ok: bool = False
-    """accept ml-1m-m1 without ratings.dat, although its lists are not in order of time"""
 
     def __post_init__(self):
         positive(self, "min_item_count")
-        not_negative(self, "shuffle_ties", "min_positives", "split_seed")
+        not_negative(self, "shuffle_ties", "min_positives")
         for name in ("positive_from", "drop_rating", "utc_offset"):
             finite(self, name)
         probability(self, "cold_items")
@@ -155,25 +170,21 @@ class DataConfig:
 class LossConfig:
     """Loss"""
 
-    loss: Literal["bce", "gbce", "sampled_softmax", "softmax"] = "bce"
-    """binary cross entropy (SASRec), generalised BCE (gSASRec), softmax over negatives or over all"""
-    num_negatives: int = 1024
-    """N: negatives a position is compared with (softmax uses all items instead)"""
-    share_negatives: bool = True
-    """true = one draw for the whole batch (fast); false = a draw for every position (SASRec)"""
-    exclude_history: bool = True
-    """compare with no item of the user's training history, as none is ranked either; false = only the
-    target is excluded"""
-    negative_below: float | None = None
-    """actions with a lower rating are negative feedback: seen in the history, never a target of the loss"""
-    time_weight: float = 0.1
-    """of the next-time loss, with time_head"""
-    gbce_t: float = 0.75
-    """calibration of gbce: 0 = plain BCE, 1 = fully calibrated"""
+    loss: str = setting("bce", "trajectory", MATCHING)
+    """bce, gbce, sampled_softmax or softmax: binary cross entropy (SASRec), generalised BCE (gSASRec), softmax
+    over negatives or over all items (reclm/nn/losses.py)"""
+    num_negatives: int = setting(1024, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
+    """N: negatives that each target is compared with (softmax uses all items instead)"""
+    share_negatives: bool = setting(True, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
+    """true = one draw for the whole batch (fast); false = one draw per position (SASRec)"""
+    exclude_history: bool = setting(True, "trajectory", MATCHING)
+    """no item of the user's training history counts as a negative, as none is ranked either; false = only
+    the target is excluded"""
+    negative_below: float | None = setting(None, "trajectory", MATCHING)
+    """actions with a lower rating are negative feedback: in the history, but never a target of the loss"""
 
     def __post_init__(self):
-        positive(self, "num_negatives", "time_weight")
-        probability(self, "gbce_t", closed=True)
+        positive(self, "num_negatives")
         finite(self, "negative_below")
 
 
@@ -181,41 +192,39 @@ class LossConfig:
 class TrainConfig:
     """Training"""
 
-    num_epochs: int = 20
+    num_epochs: int = setting(20, "trajectory")
     """epochs 0 .. num_epochs - 1"""
-    batch_size: int = 32
-    """sequences in an optimizer step, over ALL ranks: a recipe means the same on any number of them"""
-    pad_to: Literal["longest", "max_len"] = "longest"
+    batch_size: int = setting(32, "trajectory")
+    """sequences per optimizer step, over ALL processes: a recipe means the same on any number of them"""
+    pad_to: Literal["longest", "max_len"] = setting("longest", "free")
     """width of a batch: its longest sequence, or always max_len (same losses, more work)"""
-    lr: float = 3e-3
-    """peak learning rate of AdamW"""
-    weight_decay: float = 0.01
+    optimizer: str = setting("adamw", "trajectory")
+    """adamw (reclm/run/optim.py)"""
+    lr: float = setting(3e-3, "trajectory")
+    """peak learning rate"""
+    weight_decay: float = setting(0.01, "trajectory")
     """on the matrices of the blocks; norms have none"""
-    embedding_decay: float = 0.0
+    embedding_decay: float = setting(0.0, "trajectory")
     """weight decay on the embeddings"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up; cosine ends at lr_min"""
-    warmup_steps: int = 100
+    warmup_steps: int = setting(100, "trajectory")
     """steps of linear warm-up"""
-    lr_min: float = 0.1
-    """final learning rate of the cosine, as a fraction of lr"""
-    clip_norm: float = 1.0
+    lr_min: float = setting(0.1, "trajectory")
+    """after the warm-up a cosine brings the learning rate down to this fraction of lr; 1 = constant"""
+    clip_norm: float = setting(1.0, "trajectory")
     """largest norm of the gradient; 0 = no clipping"""
-    grad_accum_steps: int = 1
+    grad_accum_steps: int = setting(1, "free")
     """cut each batch into this many passes to save memory; the result is the same"""
-    patience: int = 0
+    patience: int = setting(0, "free")
     """stop after this many epochs without a better validation; 0 = never"""
-    seed: int = 0
+    seed: int = setting(0, "trajectory")
     """of initial weights, order, dropout and negatives"""
-    init_from: str | None = None
-    """start from the weights of this checkpoint that this model has, too: matching can start a ranker"""
-    compile: bool = False
+    init_from: str | None = setting(None, "free")
+    """start from the weights of this checkpoint that this model has as well: matching can start ctr"""
+    compile: bool = setting(False, "free")
     """torch.compile the blocks (first steps take a minute)"""
-    random_windows: float = 0.0
-    """share of the histories longer than max_len that train on a random part instead of the last one"""
-    ema: float = 0.0
-    """evaluate an exponential moving average of the weights, with this decay a step; 0 = the weights"""
-    keep_last: int = 20
+    ema: float = setting(0.0, "trajectory")
+    """evaluate an exponential moving average of the weights, with this decay per step; 0 = the weights"""
+    keep_last: int = setting(20, "free")
     """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
 
     def __post_init__(self):
@@ -223,7 +232,6 @@ class TrainConfig:
         not_negative(self, "weight_decay", "embedding_decay", "warmup_steps", "clip_norm")
         not_negative(self, "patience", "seed", "keep_last")
         probability(self, "lr_min", closed=True)
-        probability(self, "random_windows", closed=True)
         probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be below 2**32")
@@ -233,28 +241,23 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation"""
 
-    filter_seen: bool = True
+    filter_seen: bool = setting(True, "free", MATCHING)
     """leave items of the user's history out of the ranking"""
-    eval_batch_size: int = 256
-    """users scored at once"""
-
-    def __post_init__(self):
-        positive(self, "eval_batch_size")
 
 
 @dataclass
 class RunConfig:
     """Run: not part of a checkpoint"""
 
-    eval_only: bool = False
+    eval_only: bool = setting(False, "free")
     """true = evaluate a checkpoint instead of training"""
-    ckpt_name: str = "best.pth"
+    ckpt_name: str = setting("best.pth", "free")
     """the checkpoint that eval_only reads, a file in out_dir or a path; --keep_last spares it"""
-    out_dir: str | None = None
+    out_dir: str | None = setting(None, "free")
     """where results go [default: a new runs/<time>-<dataset>-<model>; eval_only, resume: runs/latest]"""
-    resume: str | None = None
+    resume: str | None = setting(None, "free")
     """auto = go on from last.pth in out_dir, or start where there is none; or a path to a checkpoint"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "free")
     """auto = cuda where there is one"""
 
 
@@ -274,52 +277,30 @@ class Config:
         return {name: value for part in parts.values() for name, value in part.items()}
 
 
-SECTIONS = {field.name: field.type for field in fields(Config)}
+SECTIONS = {section.name: section.type for section in fields(Config)}
+FIELDS = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 
 
-IMPRESSIONS = {"task": ("ctr",), "ctr_split": ("time", "random", "own")}
-# A setting other than its default has an effect only where one of these others has one of these values.
-NEEDS = {
-    "n_kv_heads": {"model_name": ("llama",)},
-    "hidden_dim": {"model_name": ("llama",)},
-    "attention_norm": {"model_name": ("hstu",)},
-    "gated_residuals": {"model_name": ("llama",)},
-    "request_time": {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")},
-    "cold_items": {"exclude_history": (True,)},
-    "time_weight": {"time_head": (True,)},
-    "num_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
-    "share_negatives": {"loss": ("bce", "gbce", "sampled_softmax")},
-    "gbce_t": {"loss": ("gbce",)},
-    "temperature": {"scores": ("cosine",)},
-    "lr_min": {"schedule": ("cosine",)},
-    "ctr_history": {"task": ("ctr",)},
-    "positive_from": IMPRESSIONS,
-    "drop_rating": IMPRESSIONS,
-    "min_positives": IMPRESSIONS,
-    "utc_offset": IMPRESSIONS,
-    "split_seed": IMPRESSIONS,
-}
-NO_RANKER = (
-    "min_item_count", "cold_items", "time_head", "request_time", "scores", "loss", "num_negatives",
-    "share_negatives", "exclude_history", "negative_below", "filter_seen",
-)  # fmt: skip
+def fixed_names(values: dict, *parts: str) -> list[str]:
+    """The settings that these PARTS of a checkpoint fix; `values` are its own. The number of epochs is part
+    of the trajectory unless the learning rate is constant: the cosine ends with the last of them."""
+    names = [name for name, f in FIELDS.items() if not set(parts).isdisjoint(f.metadata["fixed"])]
+    if values.get("lr_min") == 1:
+        names = [name for name in names if name != "num_epochs"]
+    return names
 
 
 def build_config(values: dict) -> Config:
     """Config from {name: value}; what is missing keeps its default. Raises UserError."""
-    sections = {
-        section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for section, cls in SECTIONS.items()
-    }
-    cfg = Config(**sections)
-    flat, defaults = cfg.flat(), {f.name: f.default for cls in SECTIONS.values() for f in fields(cls)}
-    matching = {name: {"task": ("matching",)} for name in NO_RANKER}
-    for name, others in [*NEEDS.items(), *matching.items()]:
-        if flat[name] != defaults[name] and not any(
-            flat[other] in useful for other, useful in others.items()
-        ):
-            with_others = " ".join(f"--{other}={flat[other]}" for other in others)
-            raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
+    cfg = Config(
+        **{
+            section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+            for section, cls in SECTIONS.items()
+        }
+    )
+    flat = cfg.flat()
+    for name in flat:
+        refuse_without_effect(name, flat)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items keeps items out of the loss, --share_negatives=false cannot: drop one")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
@@ -330,35 +311,13 @@ def build_config(values: dict) -> Config:
     return cfg
 
 
-def parse_args(argv: list[str] | None = None) -> dict:
-    """{name: value} of what the user SAID, in YAML files (`--config`) or in flags. Raises UserError."""
-    files = ArgumentParserOfPython(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", action="append", default=[])
-    try:
-        chosen, flags = files.parse_known_args(argv)
-    except ArgumentError as error:
-        raise UserError(f"{error} (--config=FILE.yaml)") from None
-    said = {}
-    for path in chosen.config:  # flags win over files, wherever they stand on the line
-        said |= parse([f"--config={path}"], f"{path}: ")
-    return said | parse(flags, "")
-
-
-def parse(argv: list[str], where: str) -> dict:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields above
-    parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the names below")
-    for cls in SECTIONS.values():
-        parser.add_class_arguments(cls, None, as_group=True)
-    try:
-        said = vars(parser.parse_args(argv, defaults=False))
-    except (ArgumentError, TypeError, ValueError) as error:
-        # jsonargparse explains over several lines, in terms of its own; ours is one line about a name.
-        text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
-        text = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", text)
-        raise UserError(f"{where}{text} (python main.py --help lists all names)") from None
-    said.pop("config", None)
-    return said
+def refuse_without_effect(name: str, flat: dict) -> None:
+    if flat[name] == FIELDS[name].default:
+        return
+    for others in FIELDS[name].metadata["needs"]:
+        if not any(flat[other] in useful for other, useful in others.items()):
+            with_others = " ".join(f"--{other}={flat[other]}" for other in others)
+            raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
 
 
 def positive(cfg, *names: str) -> None:

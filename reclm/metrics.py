@@ -1,5 +1,5 @@
-"""Metrics as pure functions: of ranks sums over users, so that they add up over processes exactly; of scores
-and labels of all impressions, brought together from all processes."""
+"""Metrics as pure functions: of ranks, as sums over users, which add up over processes exactly; and of the
+scores and labels of all impressions, gathered from all processes."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ CUTOFFS = (1, 5, 10, 20, 50, 200)
 CHOOSE_BY = {"NDCG@10": 1, "AUC": 1, "logloss": -1}
 
 
-def chooses(metrics: dict[str, float], prefix: str = "") -> tuple[str, float]:
+def choosing_metric(metrics: dict[str, float], prefix: str = "") -> tuple[str, float]:
     """The name of the metric that an epoch is chosen by, and its value, greater is better."""
     name = next(name for name in CHOOSE_BY if prefix + name in metrics)
     return name, CHOOSE_BY[name] * metrics[prefix + name]
@@ -62,10 +62,10 @@ def area_under_curve(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Te
     return wins / (positives * negatives), positives, negatives
 
 
-def click_metrics(logits: Tensor, labels: Tensor, users: Tensor) -> dict[str, float]:
+def ctr_metrics(logits: Tensor, labels: Tensor, users: Tensor) -> dict[str, float]:
     """logits (N,) of a positive action, labels (N,) 0 or 1, users (N,) -> means over all impressions.
 
-    AUC; logloss in nats; normalised entropy NE, the logloss over that of the share of positives said to all
+    AUC; logloss in nats; normalised entropy NE, the logloss over that of predicting the share of positives
     (He et al., ADKDD 2014, eq. 1); GAUC, the AUC among each user's impressions, weighted by their number
     (DIN, arXiv 1706.06978, eq. 7), over the users with both classes. What is not defined is left out."""
     logits, labels = logits.double(), labels.double()
@@ -83,5 +83,5 @@ def click_metrics(logits: Tensor, labels: Tensor, users: Tensor) -> dict[str, fl
     weights = (positives + negatives) * areas.isfinite()
     if weights.any():
         metrics["GAUC"] = ((weights * areas.nan_to_num()).sum() / weights.sum()).item()
-        metrics["users of GAUC"] = int(areas.isfinite().sum())
+        metrics["GAUC_users"] = int(areas.isfinite().sum())
     return metrics

@@ -32,8 +32,8 @@ RUNS = {  # name: (processes, flags)
     "history not excluded": (2, [*SMALL, "--num_epochs=1", "--loss=softmax", "--exclude_history=false"]),
     "time head": (2, [*SMALL, "--num_epochs=1", "--time_head=true"]),
     "cold items": (2, [*SMALL, "--num_epochs=1", "--cold_items=.1", "--item_features=genres,year,title"]),
-    "window, GQA, cosine": (
-        2, [*SMALL, "--num_epochs=1", "--window=20", "--n_heads=4", "--n_kv_heads=2", "--scores=cosine"]
+    "window, GQA": (
+        2, [*SMALL, "--num_epochs=1", "--window=20", "--n_heads=4", "--n_kv_heads=2"]
     ),
     "rows with all tokens": (
         2, [*SMALL, "--num_epochs=1", "--time_tokens=tokens", "--profile_tokens=true", "--request_time=true",
@@ -54,7 +54,9 @@ SHOWN = ("NDCG@10", "AUC")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo", default=ROOT, type=Path, help="the checkout to run [default: this one]")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file; runs that it has are not repeated")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="JSON file; runs that it has are not repeated"
+    )
     parser.add_argument("--against", type=Path, help="the JSON file of another checkout, to compare with")
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="names of runs")
     args = parser.parse_args()

@@ -1,38 +1,41 @@
 """Checkpoints: epoch_N.pth, last.pth, best.pth. Written whole or not at all, read with nothing but data.
 
-Contents: version, model (the weights to evaluate), trained (those to train on, where --ema makes them
-differ), optimizer, progress (main.Progress), history (a row per epoch), config (flat), dataset, fingerprint.
-No random state: all draws are functions of (seed, epoch, step, rank), see `seed_step`.
+    version, config (flat)
+    model                       the weights to evaluate
+    trained, optimizer          the weights to train on, where --ema makes them differ; its state
+    progress, history           main.Progress; one row per epoch
+    dataset, protocol, fingerprint, ids   which data it fits
+    vocabulary, items, titles, genre_names   what inference needs of the data (`about_data`)
+
+No random state: all draws are functions of (seed, epoch, step, process), see `seed_step`.
 """
 
 import os
 import re
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from reclm import dist
-from reclm.errors import UserError
-from reclm.logger import say
+from reclm.config import Config, fixed_names
+from reclm.data.dataset import Dataset, Vocabulary
+from reclm.errors import UserError, first_line
+from reclm.run import dist
+from reclm.run.logger import say
 
-VERSION = 4  # raise it when the same file would mean another model, or another step of the optimizer
-
-# The trajectory of the weights depends on these; a resumed run may change anything else.
-TRAJECTORY = [
-    "loss", "num_negatives", "share_negatives", "exclude_history", "negative_below", "time_weight", "gbce_t",
-    "batch_size", "lr",
-    "weight_decay", "embedding_decay", "schedule", "warmup_steps", "lr_min", "clip_norm", "random_windows",
-    "ema", "seed", "ctr_history",
-]  # fmt: skip
-
-
-# What decides which rows are trained on: a ranker started from other ones may have seen its test.
-LEAKS = [
-    "min_item_count", "shuffle_ties", "ctr_split", "positive_from", "drop_rating", "min_positives",
-    "utc_offset", "split_seed",
-]  # fmt: skip
+VERSION = 5  # raise it when the same file would mean another model, and teach `upgrade` the step
+NO_LONGER = {  # settings of version 4 that are gone, and what they are now
+    "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
+    "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
+}  # fmt: skip
+RENAMED = {  # beginnings of names of weights
+    "click_head.": "head.",
+    "inputs.action_embedding.": "inputs.code_embeddings.actions.",
+    "inputs.context_embedding.": "inputs.code_embeddings.contexts.",
+}
 
 
 def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
@@ -90,6 +93,34 @@ def find_checkpoint(name: str, out_dir: Path) -> Path:
     )
 
 
+def about_data(dataset: Dataset) -> dict:
+    """What a checkpoint holds of the data."""
+
+    def plain(array: np.ndarray) -> torch.Tensor | list[str]:  # numbers, or text: no pickled objects
+        return torch.from_numpy(np.array(array)) if array.dtype.kind in "iuf" else array.tolist()
+
+    vocabulary = asdict(dataset.vocabulary)
+    vocabulary["cold_items"] = plain(dataset.cold_items)
+    vocabulary["features"] = {name: plain(rows) for name, rows in dataset.features.items()}
+    names = ("items", "titles", "genre_names")
+    return {
+        "dataset": dataset.name,
+        "protocol": dataset.protocol,
+        "fingerprint": dataset.fingerprint,
+        "ids": dataset.ids,
+        "vocabulary": vocabulary,
+        **{name: plain(getattr(dataset, name)) for name in names},
+    }
+
+
+def read_vocabulary(state: dict) -> Vocabulary:
+    """The sizes a checkpoint's model was built with, from the file alone."""
+    saved = dict(state["vocabulary"])
+    saved["cold_items"] = saved["cold_items"].numpy()
+    saved["features"] = {name: rows.numpy() for name, rows in saved["features"].items()}
+    return Vocabulary(**saved)
+
+
 def load_checkpoint(path: Path) -> dict:
     """The state in a file, on the CPU. Raises UserError for a truncated or foreign file."""
     try:
@@ -97,13 +128,14 @@ def load_checkpoint(path: Path) -> dict:
             warnings.simplefilter("ignore")  # of pickles that torch did not write; refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is truncated or not a checkpoint ({reason}): use another --ckpt_name or --resume"
+            f"{path} is truncated or not a checkpoint ({first_line(error)}): use another --ckpt_name or --resume"
         ) from None
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: use another one")
+    if state.get("version") == 4:
+        upgrade(state, path)
     if state.get("version") != VERSION:
         raise UserError(
             f"{path} was written by another version of this program: train again, or use that one"
@@ -111,20 +143,39 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def merge_config(said: dict, state: dict, path: Path, names: list[str]) -> dict:
-    """The checkpoint's settings overridden by what the user said. A different value for one of `names`
-    raises a UserError that names both."""
-    saved = state["config"]
-    for name in names:
-        if name in said and name in saved and said[name] != saved[name]:
+def upgrade(state: dict, path: Path) -> None:
+    """A file of version 4 -> 5, in place; what inference needs of the data is not in it. Raises UserError
+    where it was trained with a setting that is gone."""
+    config = state["config"]
+    for name, now in NO_LONGER.items():
+        if config.pop(name, now) != now:
             raise UserError(
-                f"--{name}={said[name]} contradicts {path}, which has {name}={saved[name]}: "
+                f"{path} was trained with another --{name} than {now}, which this version does not have: use "
+                "the version that wrote it"
+            )
+    if config.pop("schedule") == "constant":
+        config["lr_min"] = 1.0
+    for weights in (state["model"], state.get("trained", {})):
+        for old, new in RENAMED.items():
+            for name in [name for name in weights if name.startswith(old)]:
+                weights[name.replace(old, new)] = weights.pop(name)
+    state["version"] = 5
+
+
+def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
+    """The checkpoint's settings overridden by what the user gave. A different value for a setting that one of
+    these parts of the checkpoint fixes (see reclm/config.py) raises a UserError that names both."""
+    saved = state["config"]
+    for name in fixed_names(saved, *parts):
+        if name in given and name in saved and given[name] != saved[name]:
+            raise UserError(
+                f"--{name}={given[name]} contradicts {path}, which has {name}={saved[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
-    return saved | said
+    return saved | given
 
 
-def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset) -> None:
+def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
     """Load the weights. Raises UserError when they belong to other data or another architecture."""
     if state["fingerprint"] != dataset.fingerprint:
         raise UserError(
@@ -139,7 +190,7 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset) -> N
         raise UserError(f"{path} does not fit this architecture: {reason}") from None
 
 
-def start_from(model: torch.nn.Module, path: Path, dataset, cfg) -> None:
+def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config) -> None:
     """--init_from: copy the weights that have the same names and shapes here; the others keep their initial
     values. Raises UserError where users or items have other numbers, or where the checkpoint has learned from
     what this run is to be tested with."""
@@ -147,7 +198,7 @@ def start_from(model: torch.nn.Module, path: Path, dataset, cfg) -> None:
         raise UserError(f"--init_from={path}: no such file; name the .pth of a run")
     state = load_checkpoint(path)
     ours = cfg.flat()
-    for name in LEAKS:
+    for name in fixed_names(ours, "leak"):
         if state["config"].get(name) != ours[name]:
             raise UserError(
                 f"--init_from={path} was trained with {name}={state['config'].get(name)}, this run has "
@@ -170,7 +221,8 @@ def start_from(model: torch.nn.Module, path: Path, dataset, cfg) -> None:
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Make dropout a function of (seed, epoch, step, rank): a resumed run needs no saved random state."""
-    mixed = torch.tensor([seed, epoch, step, dist.rank()], dtype=torch.int64)
+    """Make dropout a function of (seed, epoch, step, share of the data): a resumed run needs no saved random
+    state, and processes that share the data share the masks."""
+    mixed = torch.tensor([seed, epoch, step, dist.data_rank()], dtype=torch.int64)
     factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F])  # primes of xxHash
     torch.manual_seed(int((mixed * factors).sum()) & (2**63 - 1))

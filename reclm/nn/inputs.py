@@ -1,4 +1,4 @@
-"""What a user's row is: from the actions of a batch to the tokens that the blocks see.
+"""A user's row: from the actions of a batch to the tokens that the blocks see.
 
     <profile> <profile> ...  <weekday> <hour> <item>  <gap> <item>  <weekday> <hour> <gap> <item> ...
 
@@ -8,35 +8,27 @@ scale), and where a session begins its weekday and hour (UTC). Only items are ev
 are targets: for each action there is one position whose output predicts the next item, the action's own, or
 with `request_time` that of the last time token before the next item."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
-from reclm.intervals import NUM_BUCKETS, TimeEmbedding, log_buckets
-from reclm.positions import PositionEmbedding
+from reclm.data.dataset import Vocabulary
+from reclm.nn.layers import (
+    TIME_BUCKETS,
+    PositionEmbedding,
+    TimeEmbedding,
+    ZeroEmbedding,
+    ZeroEmbeddingBag,
+    ZeroLinear,
+    log_buckets,
+)
 
-PADDING, ITEM, PROFILE, TIME = range(4)  # kinds of tokens
+PADDING = 0
 SESSION = 3600.0  # seconds without an action, after which a new session begins
-HOURS, WEEKDAYS = 24, 7
-TIME_TOKENS = NUM_BUCKETS + HOURS + WEEKDAYS
-BLOCK = 4  # tokens an action may take: itself, and weekday, hour and gap of the next one
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the model must know of the data to have a place for each of them."""
-
-    num_items: int
-    num_users: int
-    profile_sizes: tuple[int, ...] = ()  # codes of each field of a profile, with 0 for "unknown"
-    num_actions: int = 0  # kinds of feedback; 0 where it is not known or not asked for
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of items; see reclm/features.py
-    cold_items: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # never trained
-    num_contexts: int = 0  # what else is known when an item is shown; 0 where nothing is
+GAPS, HOURS, WEEKDAYS = TIME_BUCKETS[0], 24, 7  # time tokens, in this order
+TOKENS_PER_ACTION = 4  # at most: itself, and weekday, hour and gap of the next one
 
 
 def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,100 +37,103 @@ def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Inputs(nn.Module):
-    """Tokens of a row, and the sum of all that is known of each of them."""
+    """The tokens of a row, and the sum of all that is known of each of them."""
 
     def __init__(self, cfg: ModelConfig, vocabulary: Vocabulary):
         super().__init__()
         self.cfg = cfg
+        self.num_rows = vocabulary.num_items + 1  # V
         sizes = vocabulary.profile_sizes
-        self.first_time = vocabulary.num_items + 1 + sum(sizes)
-        first_profile = vocabulary.num_items + 1 + np.cumsum([0, *sizes])[:-1]  # of each field
+        self.first_time = self.num_rows + sum(sizes)
+        first_profile = self.num_rows + np.cumsum([0, *sizes])[:-1]  # of each field
         self.register_buffer("first_profile", torch.from_numpy(first_profile), persistent=False)
         self.has_time_tokens = cfg.time_tokens == "tokens"
-        num_tokens = sum(sizes) + TIME_TOKENS * self.has_time_tokens
+        num_tokens = sum(sizes) + (GAPS + HOURS + WEEKDAYS) * self.has_time_tokens
         self.token_embedding = nn.Embedding(num_tokens, cfg.dim) if num_tokens else None
-        self.position_embedding = PositionEmbedding(cfg) if cfg.position_embedding else None
-        self.time_embedding = TimeEmbedding(cfg) if cfg.time_tokens == "embedding" else None
-        self.action_embedding = None
-        if cfg.action_embedding:
-            self.action_embedding = nn.Embedding(vocabulary.num_actions + 1, cfg.dim, padding_idx=0)
-        self.context_embedding = None
-        if vocabulary.num_contexts:
-            self.context_embedding = nn.Embedding(vocabulary.num_contexts + 1, cfg.dim, padding_idx=0)
+        self.position_embedding = PositionEmbedding(cfg.dim) if cfg.position_embedding else None
+        self.time_embedding = None
+        if cfg.time_tokens == "embedding":
+            self.time_embedding = TimeEmbedding(cfg.dim, cfg.request_time)
+        self.code_embeddings = nn.ModuleDict(
+            {name: ZeroEmbedding(size + 1, cfg.dim, PADDING) for name, size in vocabulary.code_sizes.items()}
+        )
+
+    @property
+    def tokens_per_action(self) -> int:
+        return TOKENS_PER_ACTION if self.has_time_tokens else 1
 
     @property
     def max_tokens(self) -> int:
         """The longest row, with room for a candidate behind it."""
-        per_action = BLOCK if self.has_time_tokens else 1
-        return len(self.first_profile) + per_action * (self.cfg.max_len + 1)
+        return len(self.first_profile) + self.tokens_per_action * (self.cfg.max_len + 1)
 
     def forward(self, row: dict[str, Tensor], item_table: Tensor) -> Tensor:
         """A row as `lay_out` makes it, and the item table (V, D) -> (B, S, D)"""
-        table = item_table
-        if self.token_embedding is not None:
-            table = torch.cat([item_table, self.token_embedding.weight])
-        x = F.embedding(row["token_ids"], table, padding_idx=PADDING)  # (B, S, D)
+        ids = row["token_ids"]
+        if self.token_embedding is None:
+            x = F.embedding(ids, item_table, padding_idx=PADDING)  # (B, S, D)
+        else:  # two lookups: one table of both would be a copy of the items in every step
+            other = ids >= self.num_rows
+            x = F.embedding(ids.masked_fill(other, PADDING), item_table, padding_idx=PADDING)
+            x = x + self.token_embedding((ids - self.num_rows).clamp(min=0)) * other[..., None]
         if self.position_embedding is not None:
             x = x + self.position_embedding(row["before"])
         if self.time_embedding is not None:
             x = x + self.time_embedding(row)
-        if self.action_embedding is not None:
-            x = x + self.action_embedding(row["actions"])
-        if self.context_embedding is not None:
-            x = x + self.context_embedding(row["contexts"])
+        for name, embedding in self.code_embeddings.items():
+            x = x + embedding(row[name])
         return x
 
-    def lay_out(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """A batch with T actions a sequence -> the same as S tokens, and `queries`:
-
-        token_ids, kinds (B, S), how many actions came `before` each and, where the batch has them, actions,
-        contexts, timestamps, next_timestamps, and the differences of times since_last and until_next (B, S);
-        (B, T), the position whose output predicts what follows each action, None where that is its own."""
+    def lay_out(self, batch: dict[str, Tensor], prefix: bool = True) -> tuple[dict, Tensor | None]:
+        """A batch with T actions per sequence -> the same as S tokens, and `queries` (B, T), the token whose
+        output predicts what follows each action; None where that is its own. Of each token, (B, S): token_ids
+        and, where they are known, codes of actions, timestamps, next_timestamps, the time since_last and
+        until_next action, how many actions came `before`. Without `prefix`: no tokens before the actions."""
         ids = batch["item_ids"]  # (B, T)
         if self.token_embedding is None:
-            row, queries = batch | {"token_ids": ids, "kinds": (ids != PADDING).long() * ITEM}, None
+            row, queries, is_action = batch | {"token_ids": ids}, None, (ids != PADDING).long()
         else:
-            row, queries = self.insert_tokens(batch)
+            row, queries, is_action = self.insert_tokens(batch, prefix)
         if self.position_embedding is not None:
-            is_action = (row["kinds"] == ITEM).long()
             row["before"] = row["num_before"][:, None] + is_action.cumsum(1) - is_action
-        if "timestamps" in row:
+        if self.time_embedding is not None:
             times = row["timestamps"]
             row["since_last"] = times.diff(dim=1, prepend=times[:, :1])  # (B, S), 0 for the first token
             row["until_next"] = row["next_timestamps"] - times
         return row, queries
 
     def lay_out_candidates(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with C candidates a sequence -> a token for each, as the next action of the history that
-        it sees, but with a feedback that is not known: the fields of `lay_out` (B, C), and the `position`
-        of each in the row."""
-        seen = batch["candidate_seen"]  # (B, C)
+        """A batch with C candidates per sequence -> a token for each, as the next action of its history, with
+        codes that are not known yet at 0: the fields of `lay_out` (B, C), and their positions in the row."""
+        lengths = batch["history_lengths"]  # (B, C)
         row = {
             "token_ids": batch["candidate_ids"],
-            "actions": torch.zeros_like(seen),
-            "before": batch["num_before"][:, None] + seen,
-            "position": len(self.first_profile) + seen,
+            "before": batch["num_before"][:, None] + lengths,
+            "positions": len(self.first_profile) + lengths,
         }
         if "candidate_times" in batch:
-            last = batch["timestamps"].gather(1, (seen - 1).clamp(min=0))  # (B, C)
+            last = batch["timestamps"].gather(1, (lengths - 1).clamp(min=0))  # (B, C)
             row["timestamps"] = batch["candidate_times"]
-            row["since_last"] = (batch["candidate_times"] - last) * (seen > 0)
-        if "candidate_contexts" in batch:
-            row["contexts"] = batch["candidate_contexts"]
+            row["since_last"] = (batch["candidate_times"] - last) * (lengths > 0)
+        for name in self.code_embeddings:
+            row[name] = batch.get(f"candidate_{name}", torch.zeros_like(lengths))
         return row
 
-    def insert_tokens(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """For `lay_out`: the row of a vocabulary with tokens that are no items."""
+    def insert_tokens(
+        self, batch: dict[str, Tensor], prefix: bool
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """For `lay_out`: rows with tokens that are no items, queries, and which tokens are items (B, S)."""
         ids = batch["item_ids"]  # (B, T)
-        prefix, body = [], [ids[..., None]]  # each (B, n), and (B, T, n); 0 where there is no token
-        if len(self.first_profile):
-            prefix.append(batch["profiles"] + self.first_profile)
+        first, body = [ids[:, :0]], [ids[..., None]]  # each (B, n), and (B, T, n); 0 where there is no token
+        if len(self.first_profile) and prefix:
+            first.append(batch["profiles"] + self.first_profile)
         if self.has_time_tokens:
-            prefix.append(self.first_time + NUM_BUCKETS + self.calendar_tokens(batch["timestamps"][:, 0]))
+            if prefix:
+                first.append(self.first_time + GAPS + self.calendar_tokens(batch["timestamps"][:, 0]))
             body.append(self.tokens_of_next(batch))
-        prefix, body = torch.cat(prefix, dim=1), torch.cat(body, dim=2)
-        width, step = prefix.shape[1], body.shape[2]
-        slots = torch.cat([prefix, body.flatten(1)], dim=1)  # (B, P + T n)
+        first, body = torch.cat(first, dim=1), torch.cat(body, dim=2)
+        width, step = first.shape[1], body.shape[2]
+        slots = torch.cat([first, body.flatten(1)], dim=1)  # (B, P + T n)
         there = slots != PADDING
         positions = there.cumsum(1) - 1  # in the row, or of the last token before
         size = int(positions[:, -1].max()) + 1
@@ -154,20 +149,18 @@ class Inputs(nn.Module):
             values[..., 0] = batch[name]
             return close_up(torch.cat([in_prefix.expand(-1, width), values.flatten(1)], dim=1))
 
-        kinds = torch.full_like(slots, TIME)
-        kinds[:, : len(self.first_profile)] = PROFILE
-        kinds[:, width::step] = ITEM
-        row = batch | {"token_ids": close_up(slots), "kinds": close_up(kinds)}
+        is_item = torch.zeros_like(slots)
+        is_item[:, width::step] = 1
+        row = batch | {"token_ids": close_up(slots)}
         if "timestamps" in batch:  # a time token comes when the next action does
-            first, after = batch["timestamps"][:, :1], batch["next_timestamps"]
-            row["timestamps"] = by_action("timestamps", first, after)
-            row["next_timestamps"] = by_action("next_timestamps", first, after)
+            begin, after = batch["timestamps"][:, :1], batch["next_timestamps"]
+            row["timestamps"] = by_action("timestamps", begin, after)
+            row["next_timestamps"] = by_action("next_timestamps", begin, after)
         none = torch.zeros_like(ids)
-        for name in ("actions", "contexts"):
-            if name in batch:
-                row[name] = by_action(name, none[:, :1], none)
+        for name in self.code_embeddings:
+            row[name] = by_action(name, none[:, :1], none)
         query = width + (step - 1 if self.cfg.request_time else 0)
-        return row, positions[:, query::step]
+        return row, positions[:, query::step], close_up(is_item)
 
     def calendar_tokens(self, times: Tensor) -> Tensor:
         """(...) seconds -> (..., 2): weekday and hour, from the first token of their range on"""
@@ -179,7 +172,7 @@ class Inputs(nn.Module):
         times, after = batch["timestamps"], batch["next_timestamps"]
         gaps = after - times  # (B, T)
         session = (gaps >= SESSION)[..., None]
-        dates = (self.first_time + NUM_BUCKETS + self.calendar_tokens(after)) * session  # (B, T, 2)
+        dates = (self.first_time + GAPS + self.calendar_tokens(after)) * session  # (B, T, 2)
         tokens = torch.cat([dates, (self.first_time + log_buckets(gaps).long())[..., None]], dim=2)
         last = batch["lengths"] - (0 if self.cfg.request_time else 1)
         known = torch.arange(times.shape[1], device=times.device) < last[:, None]  # (B, T)
@@ -192,7 +185,7 @@ class ItemContent(nn.Module):
         row = id + sum over modalities of sigmoid(W id) * content
 
     so that an item without an id vector, which no one has chosen yet, is known by half its content. Vectors
-    of words are averaged; frozen vectors (text, images) are projected. Both start at 0, without a say."""
+    of words are averaged; frozen vectors (text, images) are projected. Both start at 0."""
 
     def __init__(self, cfg: ModelConfig, features: dict[str, np.ndarray]):
         super().__init__()
@@ -202,12 +195,12 @@ class ItemContent(nn.Module):
             rows = torch.from_numpy(np.pad(array, ((1, 0), (0, 0))))  # (V, K or F): row 0 is padding
             self.register_buffer(f"rows_{i}", rows, persistent=False)
             if rows.is_floating_point():
-                projection = nn.Linear(rows.shape[1], cfg.dim, bias=False)
+                projection = ZeroLinear(rows.shape[1], cfg.dim, bias=False)
             else:
                 size = int(rows.max()) + 1
-                projection = nn.EmbeddingBag(size, cfg.dim, mode="mean", padding_idx=PADDING)
+                projection = ZeroEmbeddingBag(size, cfg.dim, mode="mean", padding_idx=PADDING)
             self.projections.append(projection)
-            self.gates.append(nn.Linear(cfg.dim, cfg.dim, bias=False))
+            self.gates.append(ZeroLinear(cfg.dim, cfg.dim, bias=False))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors of ids (V, D) -> the item table (V, D). In training a share of `id_dropout` of the items

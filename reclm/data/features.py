@@ -1,4 +1,4 @@
-"""What is known of users and items beside their ids: side tables and matrices, as arrays.
+"""Side tables and matrices of users and items as arrays, and which of them a run uses.
 
 A code is a number from 1 on for a value or a word, 0 for "unknown" or "no more words"."""
 
@@ -12,41 +12,60 @@ import numpy as np
 import pandas as pd
 
 from reclm.config import Config
-from reclm.errors import UserError
+from reclm.data.dataset import Dataset
+from reclm.errors import UserError, first_line
 
 AGE_BANDS = (18, 25, 35, 45, 50, 56)  # where MovieLens-1M's begin
 WORDS = ("genres", "year", "title")  # what --item_features knows of the item table
+FEEDBACK = "actions"  # the codes that are not known yet when an item is shown
 MAX_LEVELS = 100  # kinds of feedback
 
 
-def choose_inputs(dataset, cfg: Config):
-    """The dataset with what this run tells the model beside items and times, and what is no target of the
-    loss. Its fingerprint covers what the weights depend on. Raises UserError where the data lack it."""
-    chosen, notes, told = {}, list(dataset.notes), []
+def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
+    """Attach the optional inputs that this run uses (profiles, item features, feedback) and mark negative
+    feedback. The fingerprint is extended by all that the weights depend on. Raises UserError where the data
+    lack something that is asked for: here and nowhere later."""
+    refuse_missing_times(dataset, cfg)
+    chosen, codes, notes, read = {}, {}, list(dataset.notes), []
     if cfg.model.profile_tokens:
         if not dataset.profiles.shape[1]:
             raise UserError(f"--profile_tokens needs a user table, but {dataset.name} has none: leave it out")
         chosen["profile_sizes"] = tuple(int(size) for size in dataset.profiles.max(0) + 1)
-        told.append(dataset.profiles)
+        read.append(dataset.profiles)
         notes += note_unknown(dataset.profiles, "users", "row in the user table")
     if cfg.model.item_features:
         chosen["features"] = load_features(cfg.model.item_features, dataset)
         for name, rows in chosen["features"].items():
-            told.append(rows)
+            read.append(rows)
             notes += note_unknown(rows, "items", f"known {name}")
     if cfg.model.action_embedding:
-        clicks = 1 + dataset.labels  # where there are no ratings
-        rated = len(dataset.ratings) or not len(clicks)
-        chosen["actions"] = rating_levels(ratings_for("action_embedding", dataset)) if rated else clicks
-        told.append(chosen["actions"])
+        if len(dataset.labels) and not len(dataset.ratings):
+            codes[FEEDBACK] = 1 + dataset.labels
+        else:
+            codes[FEEDBACK] = rating_levels(ratings_for("action_embedding", dataset))
+        read.append(codes[FEEDBACK])
+    if len(dataset.contexts):
+        codes["contexts"] = dataset.contexts
     if cfg.loss.negative_below is not None:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
         share = chosen["negative"].mean()
-        notes.append(f"{share:.1%} of the actions are negative feedback: seen, never a target of the loss")
+        notes.append(f"{share:.1%} of the actions are negative feedback: never a target of the loss")
+    if cfg.model.request_time:
+        notes.append("the model knows the time of the item to predict (--request_time=true)")
+    if cfg.model.model_name == "hstu" and not len(dataset.timestamps):
+        notes.append("no timestamps in these data: the time bias of hstu is off")
     fingerprint = dataset.fingerprint
-    if told:
-        fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in told)).hexdigest()[:8]
-    return replace(dataset, notes=notes, fingerprint=fingerprint, **chosen)
+    if read:
+        fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in read)).hexdigest()[:8]
+    return replace(dataset, notes=notes, fingerprint=fingerprint, codes=codes, **chosen)
+
+
+def refuse_missing_times(dataset: Dataset, cfg: Config) -> None:
+    if len(dataset.timestamps):
+        return
+    for name in ("request_time", "time_tokens", "time_head"):
+        if getattr(cfg.model, name) not in (False, "none"):
+            raise UserError(f"--{name} needs timestamps, but {dataset.name} has none: leave it out")
 
 
 def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
@@ -54,7 +73,7 @@ def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
     return [f"{count:,} of {len(rows):,} {whose} have no {what}"] if count else []
 
 
-def ratings_for(flag: str, dataset) -> np.ndarray:
+def ratings_for(flag: str, dataset: Dataset) -> np.ndarray:
     if not len(dataset.ratings):
         raise UserError(f"--{flag} needs ratings, but {dataset.name} has none: leave it out")
     return dataset.ratings
@@ -95,6 +114,16 @@ def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.nd
     return found
 
 
+def item_texts(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:
+    """{"titles": (V - 1,), "genre_names": (V - 1,)} as they stand in the item table; empty without them."""
+    found = {}
+    for name, column in (("titles", "title"), ("genre_names", "genres")):
+        if table is not None and column in table:
+            rows = table.drop_duplicates("item").set_index("item")[column].reindex(items).fillna("")
+            found[name] = rows.to_numpy(str)
+    return found
+
+
 def number_words(lists: list[list[str]]) -> np.ndarray:
     """Lists of words -> their codes, in the order of the sorted words, padded with 0: (len(lists), K)."""
     words = sorted({word for words in lists for word in words if word})
@@ -116,8 +145,8 @@ def rating_levels(ratings: np.ndarray) -> np.ndarray:
     return levels + 1
 
 
-def load_features(spec: str, dataset) -> dict[str, np.ndarray]:
-    """--item_features -> {name: codes (V - 1, K) int64, or vectors (V - 1, F) float32}, a row an item, in
+def load_features(spec: str, dataset: Dataset) -> dict[str, np.ndarray]:
+    """--item_features -> {name: codes (V - 1, K) int64, or vectors (V - 1, F) float32}, one row per item, in
     the order of dataset.items. Raises UserError."""
     found = {}
     for part in map(str.strip, spec.split(",")):
@@ -151,22 +180,23 @@ def read_matrices(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
     except Exception as error:  # damaged bytes raise nearly anything
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated or no matrix of numbers ({reason}): write it again") from None
+        raise UserError(
+            f"{path} is truncated or no matrix of numbers ({first_line(error)}): write it again"
+        ) from None
 
 
-def check_vectors(path: str, vectors: np.ndarray, dataset) -> np.ndarray:
+def check_vectors(path: str, vectors: np.ndarray, dataset: Dataset) -> np.ndarray:
     """Rows of length 1 around their mean, float32; a row of zeros is an item of which nothing is known, and
     stays so. Raises UserError where the matrix does not fit the items."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "iuf":
         raise UserError(
             f"{path} has shape {vectors.shape} of {vectors.dtype}, expected numbers in 2 dimensions: "
-            "one row an item"
+            "one row per item"
         )
     if len(vectors) != dataset.num_items:
         raise UserError(
             f"{path} has {len(vectors):,} rows, but {dataset.name} has {dataset.num_items:,} items: one row "
-            "an item is needed, in the order of ids; make it with the same --dataset and --min_item_count"
+            "per item is needed, in the order of ids; make it with the same --dataset and --min_item_count"
         )
     bad = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(bad):

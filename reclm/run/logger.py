@@ -1,6 +1,6 @@
 """What a person sees of a run: console, progress bar, metrics.jsonl, TensorBoard, curves.png.
 
-All of it on the main rank; elsewhere a Logger does nothing, so the spine never asks which rank it is."""
+All of it in the main process; elsewhere a Logger does nothing, so the spine never asks which one it is."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reclm import dist
-from reclm.metrics import chooses
+from reclm.metrics import choosing_metric
+from reclm.run import dist
 
 
 def say(text: str = "") -> None:
@@ -22,9 +22,9 @@ def say(text: str = "") -> None:
 class Logger:
     """Records of one run in out_dir. `history` holds the rows of earlier epochs when a run is resumed.
 
-    Files are written through `on_main`, so that a full disk ends all ranks with the same one line."""
+    Files are written through `on_main`, so that a full disk ends all processes with the same one line."""
 
-    def __init__(self, out_dir: Path, history: list[dict], unit: str = "tokens"):
+    def __init__(self, out_dir: Path, history: list[dict], unit: str = "targets"):
         self.out_dir, self.history, self.unit = Path(out_dir), history, unit
         self.bar = self.board = None
         dist.on_main(self.open)
@@ -89,8 +89,8 @@ def plot_curves(history: list[dict], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: chooses(row, "valid/")[1])
-    metric = f"valid/{chooses(best, 'valid/')[0]}"
+    best = max(history, key=lambda row: choosing_metric(row, "valid/")[1])
+    metric = f"valid/{choosing_metric(best, 'valid/')[0]}"
     titles = {
         "loss": "training loss per target",
         metric: f"{metric.replace('/', 'ation ')}, best {best[metric]:.4f} at epoch {best['epoch']}",

@@ -110,11 +110,8 @@ def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_m1(files: tuple[Path, ...]) -> RawData:
-    """Lists of items (list index = user), joined with ratings.dat where that is among the files.
-
-    With it, rows, ids and order are those of ratings.dat; without it, ids count from 0 and each
-    user's items come as listed: train, validation, test.
-    """
+    """Lists of items (list index = user), joined with ratings.dat, the last of the files: rows, ids and
+    order are its own."""
     parts = []
     for file in files[:M1_LISTS]:
         try:
@@ -124,9 +121,6 @@ def _read_m1(files: tuple[Path, ...]) -> RawData:
         items = lists.explode().dropna()
         parts.append(pd.DataFrame({"user": items.index, "item": items.to_numpy("int64")}))
     listed = pd.concat(parts, ignore_index=True)
-    if len(files) == M1_LISTS:
-        return RawData(listed)
-
     ratings = _read_grouplens_1m(files[M1_LISTS:]).interactions
     # Found by matching: reczoo kept users and items with 20 or more ratings (repeatedly, until all
     # have them) and numbered what remained by the sorted ids, as text: "1", "10", "100", ...

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reclm.download import (
+from reclm.data.download import (
     M1_MD5,
     M1_REPO,
     WHEEL,
@@ -21,10 +21,9 @@ from reclm.download import (
     fetch_wheel,
     verify,
 )
+from reclm.data.readers import READERS, RawData, wanted_columns
 from reclm.errors import UserError
-from reclm.readers import READERS, RawData, wanted_columns
 
-KNOWN = ("ml-1m", "ml-1m-sasrec", "ml-1m-m1", "ml-100k", "movielens-latest-x1")
 # Side tables first: the last file to arrive is the one whose presence means "complete".
 ML_1M_FILES = ("users.dat", "movies.dat", "ratings.dat")
 ML_100K_FILES = ("u.user", "u.item", "u.data")
@@ -34,31 +33,18 @@ ML_100K_FILES = ("u.user", "u.item", "u.data")
 class Source:
     """Where a data set lies and how it is to be read."""
 
-    name: str  # one of KNOWN, or the stem of the user's file
+    name: str  # one of FINDERS, or the stem of the user's file
     protocol: str  # one short phrase, printed beside every number
     files: tuple[Path, ...]  # all that the reader reads, in a fixed order: the key of any cache
     reader: str  # key into READERS
     notes: tuple[str, ...] = ()  # things to say out loud
 
 
-def find_dataset(dataset: str | None, data_dir: str | Path, unordered_ok: bool = False) -> Source:
-    """Locate `dataset` (None: the best that can be had) in `data_dir`, downloading what is missing.
-
-    `unordered_ok` admits ml-1m-m1 without the timestamps that restore its order. Raises UserError.
-    """
-    data_dir = Path(data_dir)
-    if dataset is None:
-        return _find_any(data_dir)
-    if dataset == "ml-1m":
-        return _find_ml_1m(data_dir)
-    if dataset == "ml-1m-sasrec":
-        return _find_sasrec(data_dir)
-    if dataset == "ml-1m-m1":
-        return _find_m1(data_dir, unordered_ok)
-    if dataset == "ml-100k":
-        return _find_ml_100k(data_dir)
-    if dataset == "movielens-latest-x1":
-        return _find_x1(data_dir)
+def find_dataset(dataset: str | None, data_dir: str | Path) -> Source:
+    """Locate `dataset` (None: MovieLens-1M, else -100K) in `data_dir`, downloading what is missing. Raises
+    UserError."""
+    if dataset in FINDERS:
+        return FINDERS[dataset](Path(data_dir))
     return _find_own_file(Path(dataset))
 
 
@@ -128,21 +114,15 @@ def _find_sasrec(data_dir: Path) -> Source:
     return Source("ml-1m-sasrec", protocol, (file,), "sasrec-txt")
 
 
-def _find_m1(data_dir: Path, unordered_ok: bool) -> Source:
+def _find_m1(data_dir: Path) -> Source:
     """The lists of reczoo/Movielens1M_m1, plus ratings.dat, without which they have no order."""
     folder, ratings = data_dir / "ml-1m" / "reczoo_m1", data_dir / "ml-1m" / "ratings.dat"
-    if not ratings.exists() and not unordered_ok:
+    if not ratings.exists():
         raise UserError(
-            f"the lists of ml-1m-m1 are not chronological and need {ratings} (--dataset=ml-1m "
-            "downloads it); to train on them as they stand, pass --unordered_ok=true"
+            f"the lists of ml-1m-m1 are not chronological and need {ratings} (--dataset=ml-1m downloads it)"
         )
-    files = _hub_files(M1_REPO, M1_MD5, folder)
-    if ratings.exists():
-        protocol = "M1: 20-core of ratings.dat as in reczoo_m1, stable sort by time, leave-one-out"
-        return Source("ml-1m-m1", protocol, (*files, ratings), "reczoo-m1")
-    protocol = "M1 unordered: lists of reczoo_m1 as they stand, NOT chronological, leave-one-out"
-    note = f"{ratings} is missing: ml-1m-m1 is NOT in time order, its numbers compare with no other"
-    return Source("ml-1m-m1", protocol, files, "reczoo-m1", (note,))
+    protocol = "M1: 20-core of ratings.dat as in reczoo_m1, stable sort by time, leave-one-out"
+    return Source("ml-1m-m1", protocol, (*_hub_files(M1_REPO, M1_MD5, folder), ratings), "reczoo-m1")
 
 
 def _find_x1(data_dir: Path) -> Source:
@@ -169,7 +149,7 @@ def _find_own_file(file: Path) -> Source:
     reader = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(file.suffix.lower())
     if reader is None or not file.is_file():
         raise UserError(
-            f"unknown data set {str(file)!r}: neither one of {', '.join(KNOWN)} "
+            f"unknown data set {str(file)!r}: neither one of {', '.join(filter(None, FINDERS))} "
             "nor an existing .csv, .tsv or .parquet file"
         )
     files = (file, *_existing(file.parent, (f"{file.stem}.users.csv", f"{file.stem}.items.csv")))
@@ -182,6 +162,16 @@ def _find_own_file(file: Path) -> Source:
 
 def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names if (folder / name).exists())
+
+
+FINDERS = {  # by --dataset: the folder of the data -> Source
+    None: _find_any,
+    "ml-1m": _find_ml_1m,
+    "ml-1m-sasrec": _find_sasrec,
+    "ml-1m-m1": _find_m1,
+    "ml-100k": _find_ml_100k,
+    "movielens-latest-x1": _find_x1,
+}
 
 
 def read_dataset(source: Source) -> RawData:

@@ -3,28 +3,25 @@
 import numpy as np
 
 from reclm.config import LossConfig
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 
 
 class NegativeSampler:
     """Uniform negatives without a loop and without rejection."""
 
-    def __init__(self, dataset, loss: LossConfig):
+    def __init__(self, dataset: Dataset, loss: LossConfig):
         self.cfg, self.num_items = loss, dataset.num_items
         if dataset.num_items < 2:
             raise UserError("only 1 item in the data: there is nothing to rank")
         if loss.exclude_history and not loss.share_negatives:
             self.index_histories(dataset)
 
-    def index_histories(self, dataset) -> None:
+    def index_histories(self, dataset: Dataset) -> None:
         """Sorted keys (user, item) of all distinct training interactions."""
-        lengths = dataset.train_lengths
-        owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-        place = np.arange(len(owner)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-        train = place < lengths[owner]
-        stride = self.num_items + 1
-        self.keys = np.unique(owner[train] * stride + dataset.item_ids[train])
-        owner, items = self.keys // stride, self.keys % stride
+        train, stride = dataset.in_training, self.num_items + 1
+        keys = np.unique(dataset.owner[train] * stride + dataset.item_ids[train])
+        owner, items = keys // stride, keys % stride
         self.firsts = np.searchsorted(owner, np.arange(dataset.num_users + 1))
         # How many items that are NOT in the history lie below each item of it; see `free_items`.
         self.gaps = owner * stride + items - 1 - (np.arange(len(owner)) - self.firsts[owner])

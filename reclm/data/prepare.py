@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reclm.cold_start import hold_out
 from reclm.config import DataConfig
-from reclm.datasets import Source, read_dataset
+from reclm.data.features import item_texts, profile_codes, word_codes
+from reclm.data.impressions import SPLITS, label_impressions, order_impressions
+from reclm.data.sources import Source, read_dataset
 from reclm.errors import UserError
-from reclm.features import profile_codes, word_codes
-from reclm.impressions import SPLITS, label_impressions, order_impressions
 
-CACHE_VERSION = 3  # part of the cache key: raise it when `prepare` changes what it writes
+CACHE_VERSION = 4  # part of the cache key: raise it when `prepare` changes what it writes
 
 
 def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
@@ -34,13 +33,12 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
     if folder.exists():
         return folder
     raw = read_dataset(source)
-    table, protocol, notes = raw.interactions, source.protocol, []
-    if task == "ctr" or cfg.ctr_split:
-        table, protocol, notes = label_impressions(table, cfg)
+    select, _ = PREPARE[task]
+    table, protocol, notes = select(raw.interactions, cfg)
     meta, arrays = build_sequences(table, cfg, task)
-    meta |= {"notes": notes + meta["notes"], "protocol": protocol}
+    meta |= {"notes": notes + meta["notes"], "protocol": protocol or source.protocol, "task": task}
     arrays["profiles"] = profile_codes(raw.users, arrays["users"])
-    arrays |= word_codes(raw.items, arrays["items"])
+    arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
     root.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed: a killed run leaves nothing that looks whole.
     work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
@@ -65,7 +63,7 @@ def build_sequences(
     `label_impressions` makes them -> notes and arrays.
 
     Rows are sorted by (user, time) with a STABLE sort, so ties keep file order, or with --shuffle_ties the
-    random order of that seed. For --cold_items see reclm/cold_start.py. Raises UserError."""
+    random order of that seed. Raises UserError."""
     cfg, notes = cfg or DataConfig(), []
     if cfg.min_item_count > 1:
         counts = table["item"].map(table["item"].value_counts())
@@ -79,54 +77,61 @@ def build_sequences(
         notes.append(f"ties in time are in a random order (--shuffle_ties={cfg.shuffle_ties})")
     user_index, users = pd.factorize(table["user"], sort=True)
     item_index, items = pd.factorize(table["item"], sort=True)
-    if task == "ctr":
-        order, num_seen = order_impressions(table, user_index)
-    else:
-        is_action, more = which_actions(table, cfg)
-        notes += more
-        table, user_index, item_index = table[is_action], user_index[is_action], item_index[is_action]
-        order = np.lexsort((*([table["timestamp"]] if "timestamp" in table else []), user_index))
-        notes += note_short_users(np.bincount(user_index, minlength=len(users)))
+    _, put_in_order = PREPARE[task]
+    order, of_task, more = put_in_order(table, user_index, cfg)
+    table, user_index, item_index = table.iloc[order], user_index[order], item_index[order]
 
-    def column(name: str, dtype=np.float64) -> np.ndarray:
-        return table[name].to_numpy(dtype)[order] if name in table else np.zeros(0, dtype)
+    def column(name: str, dtype: type = np.float64) -> np.ndarray:
+        return table[name].to_numpy(dtype) if name in table else np.zeros(0, dtype)
 
     users, items = np.asarray(users), np.asarray(items)
     users, items = (x.astype(str) if x.dtype == object else x for x in (users, items))
     arrays = {
         "offsets": np.concatenate([[0], np.cumsum(np.bincount(user_index, minlength=len(users)))]),
-        "item_ids": item_index[order].astype(np.int64) + 1,
+        "item_ids": item_index.astype(np.int64) + 1,
         "timestamps": column("timestamp"),
         "ratings": column("rating"),
         "users": users,
         "items": items,
         "cold_items": np.zeros(0, np.int64),
     }
-    if task == "ctr":
-        arrays |= {"labels": column("label", np.int64), "splits": column("split", np.int64)}
-        contexts = (
-            pd.factorize(table["context"], sort=True)[0] + 1 if "context" in table else np.zeros(0, int)
-        )
-        arrays |= {"num_seen": num_seen, "contexts": contexts[order] if len(contexts) else contexts}
+    arrays |= of_task
     if cfg.cold_items:
         arrays, note = hold_out(arrays, cfg.cold_items)
-        notes.append(note)
+        more = [*more, note]
     fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
     for name in ("offsets", "item_ids", "labels", "splits"):
         fingerprint.update(arrays.get(name, np.zeros(0)).tobytes())
-    return {"notes": notes, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
+    return {"notes": notes + more, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
+
+
+def select_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
+    """All interactions; with --ctr_split as impressions, so that `which_actions` knows those that train."""
+    return label_impressions(table, cfg) if cfg.ctr_split else (table, "", [])
+
+
+def order_actions(
+    table: pd.DataFrame, user_index: np.ndarray, cfg: DataConfig
+) -> tuple[np.ndarray, dict, list[str]]:
+    """The rows that matching learns from, by user and time; no further arrays; notes."""
+    is_action, notes = which_actions(table, cfg)
+    kept = np.flatnonzero(is_action)
+    times = [table["timestamp"].to_numpy()[kept]] if "timestamp" in table else []
+    order = kept[np.lexsort((*times, user_index[kept]))]
+    lengths = np.bincount(user_index[kept], minlength=user_index.max(initial=-1) + 1)
+    return order, {}, notes + note_short_users(lengths)
 
 
 def which_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[np.ndarray, list[str]]:
     """(rows,) bool: what matching learns from. The users and items of the other rows keep their numbers, so
-    that they are those of a ranker."""
+    that they are the same as with --task=ctr."""
     is_action, notes = np.ones(len(table), bool), []
     if cfg.ctr_split:
         is_action &= table["split"] == SPLITS["train"]
-        notes.append("only what trains of a ranker's impressions, for --init_from")
+        notes.append("only the training part of the impressions of --task=ctr, for --init_from")
     if "label" in table and "rating" not in table:
         is_action &= table["label"] == 1
-        notes.append("what has the label 0 was shown, but it is no action: left out")
+        notes.append("rows with the label 0 were shown but are no actions: left out")
     return is_action, notes
 
 
@@ -140,3 +145,47 @@ def note_short_users(lengths: np.ndarray) -> list[str]:
     if short:
         return [f"{short:,} users with fewer than 3 interactions train but are not evaluated"]
     return []
+
+
+def hold_out(arrays: dict[str, np.ndarray], share: float) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays of `build_sequences` -> the same without a random `share` of the items, and a note.
+
+    What is left of a user: all actions with other items up to the last action with one of these, and that
+    one, which is the test target. So training and validation never see them, and every user's test target is
+    one. Users without such an action, or with fewer than two before it, are left out. Raises UserError."""
+    num_items = len(arrays["items"])
+    count = round(share * num_items)
+    cold_items = np.sort(np.random.default_rng(0).choice(num_items, count, replace=False)) + 1
+    offsets, item_ids = arrays["offsets"], arrays["item_ids"]
+    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    cold = np.isin(item_ids, cold_items)
+    last = np.full(len(offsets) - 1, -1)
+    np.maximum.at(last, owner[cold], np.flatnonzero(cold))  # row of each user's last action with one
+    row = np.arange(len(item_ids))
+    kept = (~cold & (row < last[owner])) | (row == last[owner])
+    lengths = np.bincount(owner[kept], minlength=len(last))
+    users = lengths >= 3
+    if not users.any():
+        raise UserError(
+            f"--cold_items={share} holds out {count:,} items, and no user has one of them after two others: "
+            "too little data, or too small a share"
+        )
+    kept &= users[owner]
+    by_row = {name: arrays[name][kept] for name in ("item_ids", "timestamps", "ratings") if len(arrays[name])}
+    note = (
+        f"cold start (--cold_items={share}): {count:,} items are kept out of training; the test item is each "
+        f"user's last one of them, ranked among all ({(~users).sum():,} users without one are left out)"
+    )
+    return arrays | by_row | {
+        "offsets": np.concatenate([[0], np.cumsum(lengths[users])]),
+        "users": arrays["users"][users],
+        "cold_items": cold_items,
+    }, note  # fmt: skip
+
+
+# For each task: interactions -> those that count, a protocol of its own or "", and notes; and the number of
+# each row's user -> the order of the rows, further arrays, and notes.
+PREPARE = {
+    "matching": (select_actions, order_actions),
+    "ctr": (label_impressions, order_impressions),
+}

@@ -7,29 +7,41 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from reclm.config import TrainConfig
+from reclm.errors import UserError
+
+
+def adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101). beta2 = .98: with .999 the variance still remembers the first steps after a
+    whole short run."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+OPTIMIZERS = {"adamw": adamw}
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101). Norm gains belong near 1 and are never decayed; rows of rare items would
-    fade between their few updates if embeddings were decayed as the matrices of the blocks are."""
+    """Three groups of weights, by their shape and the type of their module. Norm gains belong near 1 and are
+    never decayed; rows of rare items would fade between their few updates if embeddings were decayed as
+    matrices are. Frozen weights are left out. Raises UserError for an unknown --optimizer."""
+    if cfg.optimizer not in OPTIMIZERS:
+        raise UserError(f"--optimizer={cfg.optimizer} must be one of {', '.join(OPTIMIZERS)}")
     matrices, embeddings, gains = [], [], []
-    for name, parameter in model.named_parameters():
-        group = gains if parameter.dim() < 2 else embeddings if "embedding" in name else matrices
-        group.append(parameter)
+    for module in model.modules():
+        rows = embeddings if isinstance(module, nn.Embedding) else matrices
+        for weight in module.parameters(recurse=False):
+            if weight.requires_grad:
+                (gains if weight.dim() < 2 else rows).append(weight)
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": embeddings, "weight_decay": cfg.embedding_decay},
         {"params": gains, "weight_decay": 0.0},
     ]
-    # beta2 = .98: with .999 the variance still remembers the first steps after a whole short run.
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    return OPTIMIZERS[cfg.optimizer](groups, cfg.lr)
 
 
 def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
     """Rate at optimizer step 0 .. total_steps - 1: linear warm-up times a cosine down to lr_min * lr."""
     warmup = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    if cfg.schedule == "constant":
-        return cfg.lr * warmup
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
     return cfg.lr * warmup * (cfg.lr_min + (1 - cfg.lr_min) * cosine)
 

@@ -1,9 +1,7 @@
-"""Click-through data: what was shown to whom, was it liked, and does it train, validate or test?
+"""Data of --task=ctr: which item was shown to which user, was it liked, and is it for training or test?
 
 An impression is a row of the table of interactions, with a label 0 or 1. Its history is what the user did
 before it, as far as that may be known (`order_impressions`)."""
-
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +9,7 @@ import pandas as pd
 from reclm.config import DataConfig
 from reclm.errors import UserError
 
-SPLITS = {"train": 0, "valid": 1, "test": 2, "asked": 3}  # the last: of candidates without a label
+SPLITS = {"train": 0, "valid": 1, "test": 2, "asked": 3}  # the last: candidates without a label
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 DAY = 86400
 
@@ -22,9 +20,8 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     UserError."""
     table, rules = label_rows(table, cfg)
     how = cfg.ctr_split or ("own" if "split" in table else "time")
-    for name, needed in (("utc_offset", "time"), ("split_seed", "random")):
-        if getattr(cfg, name) and how != needed:
-            raise UserError(f"--{name} has no effect with --ctr_split={how}: leave it out")
+    if cfg.utc_offset and how != "time":
+        raise UserError(f"--utc_offset has no effect with --ctr_split={how}: leave it out")
     splitter, words = SPLITTERS[how]
     table = table.assign(split=splitter(table, cfg))
     train = table["split"] == SPLITS["train"]
@@ -33,7 +30,7 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
         note = f"{(~known).sum():,} held-out impressions of users or items that never train are dropped"
         table, train = table[known], train[known]
     else:
-        note = f"--ctr_split={how}: what trains may be later than what is tested, so the future leaks"
+        note = f"--ctr_split={how}: training rows may be later than test rows, so the future leaks"
     check_splits(table, how)
     past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
     of_history = "" if past else ", of what trains,"
@@ -45,7 +42,7 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
 
 
 def label_rows(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, list[str]]:
-    """The rows that count, with a label each, and the rules that they follow."""
+    """The rows that count, each with a label, and the rules that they follow."""
     rules = []
     if cfg.drop_rating is not None:
         if "rating" not in table:
@@ -58,7 +55,7 @@ def label_rows(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, list
         label = (table["rating"] >= cfg.positive_from).astype(np.int8)
         rules.append(f"ratings of {cfg.positive_from:g} or more are positive")
     else:
-        raise UserError("click-through needs ratings or a column label, but the data have neither")
+        raise UserError("--task=ctr needs ratings or a column label, but the data have neither")
     table = table.assign(label=label)
     if cfg.min_positives:
         table = positive_core(table, cfg.min_positives)
@@ -108,7 +105,7 @@ def split_by_time(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
 
 def split_at_random(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
     """8:1:1."""
-    order = np.random.default_rng(cfg.split_seed).permutation(len(table))
+    order = np.random.default_rng(0).permutation(len(table))
     bounds = np.round(np.cumsum(list(SHARES.values()))[:-1] * len(table))
     return np.searchsorted(bounds, order, side="right").astype(np.int8)
 
@@ -126,9 +123,12 @@ SPLITTERS = {
 }
 
 
-def order_impressions(table: pd.DataFrame, user_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A labelled table in file order and the number of each row's user -> the order of the rows, and for each
-    ordered row the number of rows, from the first of its user on, that are its history.
+def order_impressions(
+    table: pd.DataFrame, user_index: np.ndarray, cfg: DataConfig
+) -> tuple[np.ndarray, dict, list[str]]:
+    """A labelled table in file order and the number of each row's user -> the order of the rows, and for the
+    ordered rows labels, splits, contexts and history_lengths: how many rows, from the first of its user on,
+    are the history of each; no notes.
 
     A user's rows: those that can be in a history, oldest first, then the others, by split and time. Ties keep
     file order; without timestamps file order is order in time."""
@@ -139,44 +139,15 @@ def order_impressions(table: pd.DataFrame, user_index: np.ndarray) -> tuple[np.n
     users = user_index[by_time]
     new_user = np.diff(users, prepend=-1) > 0
     before -= np.maximum.accumulate(np.where(new_user, before, 0))
-    num_seen = np.empty(len(table), np.int64)
-    num_seen[by_time] = before
+    history_lengths = np.empty(len(table), np.int64)
+    history_lengths[by_time] = before
     place = np.where(in_history, -1, table["split"])
     order = np.lexsort((times, place, user_index))
-    return order, num_seen[order]
-
-
-def ask(dataset, candidates: pd.DataFrame):
-    """The data set of a ranker and a table of candidates, user, item [, timestamp] by original ids -> the
-    data set with them as impressions of the split "asked", and the places in the table of these, in order.
-
-    Each sees all that its user did, of whatever split. Without timestamps they are shown at the last moment
-    of the data. Raises UserError."""
-    users, items = (find(candidates[name], getattr(dataset, f"{name}s"), name) for name in ("user", "item"))
-    order = np.argsort(users, kind="stable")
-    users, items = users[order], items[order]
-    counts = np.bincount(users, minlength=dataset.num_users)
-    new = {"item_ids": items + 1, "splits": SPLITS["asked"], "num_seen": dataset.lengths[users], "labels": 0}
-    if len(dataset.timestamps):
-        last = dataset.timestamps.max()
-        new["timestamps"] = candidates["timestamp"].to_numpy()[order] if "timestamp" in candidates else last
-    new |= {name: 0 for name in ("ratings", "actions", "contexts") if len(getattr(dataset, name))}
-    owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-    by_time = np.lexsort((dataset.timestamps, owner)) if len(dataset.timestamps) else np.arange(len(owner))
-    behind = dataset.offsets[users + 1]
-    arrays = {name: np.insert(getattr(dataset, name)[by_time], behind, value) for name, value in new.items()}
-    offsets = dataset.offsets + np.concatenate([[0], np.cumsum(counts)])
-    return replace(dataset, offsets=offsets, **arrays), order
-
-
-def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
-    """Original ids -> their places in the sorted ids `known`. Raises UserError."""
-    numbers = pd.to_numeric(ids, errors="coerce") if known.dtype.kind == "i" else ids
-    places = pd.Index(known).get_indexer(numbers)
-    missing = np.flatnonzero(places < 0)
-    if len(missing):
-        raise UserError(
-            f"candidate {missing[0] + 1} names the {what} {ids.iloc[missing[0]]}, which is not in the data "
-            f"({len(missing):,} candidates are not): drop it"
-        )
-    return places
+    arrays = {
+        "labels": table["label"].to_numpy(np.int64)[order],
+        "splits": table["split"].to_numpy(np.int64)[order],
+        "history_lengths": history_lengths[order],
+    }
+    if "context" in table:
+        arrays["contexts"] = pd.factorize(table["context"], sort=True)[0][order] + 1
+    return order, arrays, []

@@ -1,26 +1,47 @@
-"""When the next action comes: a mixture of log-normal distributions (arXiv 1909.12127, section 3.2).
+"""What is read off the hidden states besides item scores: the time to the next action, and clicks.
 
-All is said of the logarithm of the time, z = log(1 + gap + u), gap in seconds. Clocks count whole seconds and
-a gap of 0 is the most frequent one; on such an atom a density would grow without bound. So a gap is spread
-over its second by an even u in 0 .. 1 (uniform dequantisation, arXiv 1511.01844, section 3.1)."""
+The time is a mixture of log-normal distributions (arXiv 1909.12127, section 3.2). All is in terms of
+z = log(1 + gap + u), gap in seconds. Clocks count whole seconds and a gap of 0 is the most frequent one; on
+such an atom a density would grow without bound. So a gap is spread over its second by an even u in 0 .. 1
+(uniform dequantisation, arXiv 1511.01844, section 3.1)."""
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
+from reclm.nn.layers import ZeroLinear
 
+TIME_WEIGHT = 0.1  # of the next-time loss beside that of the items
 COMPONENTS = 16
 LONGEST = 16.0  # in z: some hundred days; the means of the components begin spread evenly up to here
 NARROWEST = 0.05  # least scale of a component, in z
-TIME_ERRORS = (
-    "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
-    "time_MAE", "time_MAE_last_gap", "time_MAE_user_mean",
-)  # fmt: skip
 GOLDEN = (math.sqrt(5) - 1) / 2
+TIME_ERRORS = [
+    f"time_{error}{forecast}" for error in ("NLL", "MAE") for forecast in ("", "_last_gap", "_user_mean")
+]
+
+
+class CTRHead(nn.Module):
+    """The logit of a positive action, from what the blocks made of the candidate."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.hidden = nn.Linear(cfg.dim, cfg.dim)
+        self.logit = ZeroLinear(cfg.dim, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, C, D) -> (B, C)"""
+        return self.logit(F.silu(self.hidden(hidden)))[..., 0]
+
+
+def ctr_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits and labels (B, C), -1 where there is no candidate -> the SUM of the binary cross entropy over
+    the M candidates, a scalar"""
+    shown = labels >= 0
+    return F.binary_cross_entropy_with_logits(logits[shown], labels[shown].float(), reduction="sum")
 
 
 def log_time(gaps: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -36,8 +57,8 @@ class TimeHead(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.linear = nn.Linear(cfg.dim, 3 * COMPONENTS)
-        with torch.no_grad():  # the weights begin at 0 (model.init_weights)
+        self.linear = ZeroLinear(cfg.dim, 3 * COMPONENTS)
+        with torch.no_grad():  # the same mixture for all, at first
             weights, means, scales = self.linear.bias.chunk(3)
             weights.zero_()
             means.copy_(torch.linspace(0, LONGEST, COMPONENTS))
@@ -67,41 +88,33 @@ class TimeHead(nn.Module):
         return (low + high) / 2
 
 
-def time_errors(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor], spread: dict) -> dict[str, Tensor]:
-    """{name: (B,)} of the gap between the last action of each row and its target: NLL in nats and absolute
-    error of z, of the head and of two forecasts with a normal distribution of z around them: the gap
-    before, and the mean of the user's gaps. `spread`: their scales in the training data, and the mean of z
-    for users with a single action."""
-    last = batch["lengths"][:, None] - 1
-    times = batch["timestamps"]
-    gap = (batch["next_timestamps"] - times).gather(1, last)[:, 0]  # (B,)
-    z = log_time(gap, batch["user_ids"])
+def time_errors(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"time_NLL": (B,), "time_MAE": (B,)}: NLL in nats and absolute error of z of the gap between the last
+    action of each row and its target."""
+    z = last_gap(batch)
+    return {"time_NLL": head(hidden, z), "time_MAE": (z - head.median(hidden)).abs()}
+
+
+def last_gap(batch: dict[str, Tensor]) -> Tensor:
+    """(B,) z of the gap between the last action of each row and what follows it."""
+    gaps = batch["next_timestamps"] - batch["timestamps"]
+    return log_time(gaps.gather(1, batch["lengths"][:, None] - 1)[:, 0], batch["user_ids"])
+
+
+def forecast_errors(batch: dict[str, Tensor], spread: dict[str, float]) -> dict[str, Tensor]:
+    """The same of two forecasts without learning, a normal distribution of z around the gap before, and around
+    the mean of the user's gaps: {"time_NLL_last_gap": (B,), ...}. `spread`: their scales in the training data,
+    and the mean of z for users with a single action (reclm.data.dataset.gap_statistics)."""
+    last, times, z = batch["lengths"][:, None] - 1, batch["timestamps"], last_gap(batch)
     known = torch.arange(times.shape[1] - 1, device=times.device) < last  # (B, T - 1)
     past = times.diff(dim=1).clamp(min=0)
     past = (1 + past + 0.5).log().float() * known  # half a second: the mean of u
     before = F.pad(past, (1, 0)).gather(1, last)[:, 0]
     mean = past.sum(1) / known.sum(1).clamp(min=1)
-    errors = {"time_NLL": head(hidden, z), "time_MAE": (z - head.median(hidden)).abs()}
+    errors = {}
     for name, forecast in (("last_gap", before), ("user_mean", mean)):
         error = z - torch.where(known.any(1), forecast, spread["mean"])
         normal = torch.distributions.Normal(0.0, spread[name])
         errors[f"time_NLL_{name}"] = -normal.log_prob(error)
         errors[f"time_MAE_{name}"] = error.abs()
     return errors
-
-
-def training_spread(dataset) -> dict[str, float]:
-    """The mean of z in the training data, and the root mean square error of the two forecasts of
-    `time_errors` there."""
-    owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-    place = np.arange(len(owner)) - dataset.offsets[owner]
-    inside = (place >= 1) & (place < dataset.train_lengths[owner])  # rows that end a gap of training
-    z = np.log(1.5 + np.diff(dataset.timestamps, prepend=0.0).clip(min=0))
-    count = np.bincount(owner[inside], minlength=dataset.num_users)
-    means = np.bincount(owner[inside], z[inside], dataset.num_users) / count.clip(min=1)
-    after_gap = inside & (place >= 2)
-    last_gap = z[after_gap] - z[np.flatnonzero(after_gap) - 1]
-    errors = {"last_gap": last_gap, "user_mean": z[inside] - means[owner[inside]]}
-    spread = {name: math.sqrt(np.square(e).sum() / max(len(e), 1)) for name, e in errors.items()}
-    mean = z[inside].sum() / max(inside.sum(), 1)  # 0 where no user has two training actions
-    return {name: max(scale, NARROWEST) for name, scale in spread.items()} | {"mean": float(mean)}

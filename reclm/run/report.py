@@ -1,0 +1,179 @@
+"""What is printed and written about a run: its data, its model, its numbers and where they come from."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from reclm.config import Config
+from reclm.data.dataset import Dataset
+from reclm.data.impressions import SHARES, SPLITS
+from reclm.metrics import CUTOFFS
+from reclm.run import dist
+
+
+def describe_data(dataset: Dataset) -> str:
+    """What is trained on, by which protocol, and what a reader of the numbers must know."""
+    lines = [
+        f"data: {dataset.name}, {REPORT[dataset.task]['data'](dataset)}",
+        f"protocol: {dataset.protocol}",
+    ]
+    return "\n".join(lines + [f"NOTE: {note}" for note in dataset.notes])
+
+
+def count_interactions(dataset: Dataset) -> str:
+    return (
+        f"{dataset.num_users:,} users ({len(dataset.ranked_users):,} evaluated), {dataset.num_items:,} items, "
+        f"{len(dataset.item_ids):,} interactions"
+    )
+
+
+def count_impressions(dataset: Dataset) -> str:
+    parts = []
+    for split in SHARES:
+        labels = dataset.labels[dataset.splits == SPLITS[split]]
+        parts.append(f"{split} {len(labels):,} ({labels.mean():.1%} positive)")
+    return f"{dataset.num_users:,} users, {dataset.num_items:,} items, impressions to " + ", ".join(parts)
+
+
+def describe_model(model: torch.nn.Module, num_steps: int, num_targets: int) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    device = next(model.parameters()).device
+    return (
+        f"model: {model.cfg.model_name}, {size:,} parameters in {dist.num_processes()} process(es) on {device}; "
+        f"an epoch is {num_steps} steps, {num_targets:,} targets"
+    )
+
+
+def describe_run(cfg: Config, dataset: Dataset) -> dict:
+    """What must stand beside a number so that it can be made again."""
+    return {
+        "dataset": dataset.name,
+        "protocol": dataset.protocol,
+        "notes": dataset.notes,
+        "task": cfg.model.task,
+        "num_items": dataset.num_items,
+        "model_name": cfg.model.model_name,
+        **REPORT[cfg.model.task]["settings"](cfg, dataset),
+        "seed": cfg.train.seed,
+        "num_processes": dist.num_processes(),
+        **stamp(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def ranking_settings(cfg: Config, dataset: Dataset) -> dict:
+    return {
+        "num_users": len(dataset.ranked_users),
+        "filter_seen": cfg.eval.filter_seen,
+        "request_time": cfg.model.request_time,
+        "loss": cfg.loss.loss,
+    }
+
+
+def stamp() -> dict:
+    """When, by which code and where."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {gpu}",
+    }
+
+
+def commit() -> str:
+    """Hash of the code's commit, "-dirty" when files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    if name.returncode:
+        return "unknown"
+    return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def format_epoch(row: dict[str, float], task: str) -> str:
+    shown, unit = REPORT[task]["shown"], REPORT[task]["unit"]
+    metrics = "  ".join(f"{name} {row[f'valid/{name}']:.4f}" for name in shown if f"valid/{name}" in row)
+    return (
+        f"epoch {row['epoch']:3d}   loss {row['loss']:.4f}   valid {metrics}   "
+        f"{row['train_seconds']:.1f} s + {row['eval_seconds']:.1f} s   "
+        f"{row['targets_per_second']:,.0f} {unit}/s"
+    )
+
+
+def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
+    return REPORT[cfg.model.task]["metrics"](title, metrics, cfg)
+
+
+def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
+    """A small table with one column per cut-off."""
+    seen = "seen items left out" if cfg.eval.filter_seen else "seen items kept in"
+    request = ", request time known" if cfg.model.request_time else ""
+    rows = [f"\n{title} (all users x all items, {seen}{request})"]
+    rows.append("K".rjust(8) + "".join(f"{k:>9}" for k in CUTOFFS))
+    for name in ("HR", "NDCG"):
+        rows.append(f"{name}@K".rjust(8) + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in CUTOFFS))
+    rows.append("MRR".rjust(8) + f"{metrics['MRR']:9.4f}")
+    if "liked/users" in metrics:
+        rows.append(
+            f"the {metrics['liked/users']:,} users whose item is no negative feedback: "
+            f"HR@10 {metrics['liked/HR@10']:.4f}  NDCG@10 {metrics['liked/NDCG@10']:.4f}"
+        )
+    if "cold/HR@10" in metrics:
+        rows.append(
+            f"among the items held out of training alone: "
+            f"HR@10 {metrics['cold/HR@10']:.4f}  NDCG@10 {metrics['cold/NDCG@10']:.4f}"
+        )
+    if "time_NLL" in metrics:
+        rows.append("log(1 + seconds) to it:        NLL      MAE")
+        for what, key in (("model", ""), ("last gap", "_last_gap"), ("user's mean", "_user_mean")):
+            values = (metrics[f"{name}{key}"] for name in ("time_NLL", "time_MAE"))
+            rows.append(what.rjust(22) + "  " + "".join(f"{value:9.4f}" for value in values))
+    return "\n".join(rows)
+
+
+def format_clicks(title: str, metrics: dict[str, float], cfg: Config) -> str:
+    rows = [f"\n{title} ({metrics['impressions']:,} impressions, {metrics['positives']:.1%} positive)"]
+    for name in ("AUC", "GAUC", "logloss", "NE"):
+        value = f"{metrics[name]:9.4f}" if name in metrics else "not defined: there is one class only"
+        rows.append(f"{name:>8} {value}")
+    if "GAUC" in metrics:
+        rows[2] += f"   of {metrics['GAUC_users']:,} users with both classes"
+    return "\n".join(rows)
+
+
+def describe_files(out_dir: Path) -> str:
+    names = {
+        "checkpoints": "epoch_N.pth, best.pth, last.pth",
+        "settings": "config.yaml",
+        "result": "result.json",
+        "every epoch": "metrics.jsonl",
+        "curves": "curves.png",
+        "TensorBoard": "tensorboard/ (tensorboard --logdir runs)",
+    }
+    return f"\nin {out_dir}/\n" + "\n".join(f"  {what:12} {name}" for what, name in names.items())
+
+
+REPORT = {  # by task: what of the data is counted, settings beside a result, the line of an epoch, a table
+    "matching": {
+        "data": count_interactions,
+        "settings": ranking_settings,
+        "shown": ("HR@10", "NDCG@10"),
+        "unit": "targets",
+        "metrics": format_ranking,
+    },
+    "ctr": {
+        "data": count_impressions,
+        "settings": lambda cfg, dataset: {},
+        "shown": ("AUC", "logloss"),
+        "unit": "impressions",
+        "metrics": format_clicks,
+    },
+}
