@@ -1,5 +1,5 @@
-"""Full-catalogue ranking: every user, every item, no sampling; or with --task=ctr every impression. Exact under
-any number of processes."""
+"""Full-catalogue ranking: every user, every item, no sampling; or with --task=ctr every impression. Exact
+under any number of processes."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -168,12 +168,12 @@ class SequenceRecommender(nn.Module):
     def init_weights(self) -> None:
         """Initialise all matrices, by the type of their module (those of reclm/nn/layers.py):
 
-        | module                | where                                    | initial value                       |
-        |-----------------------|------------------------------------------|-------------------------------------|
-        | Embedding             | items, users, profile and time tokens    | normal, std 1 / sqrt(D): unit rows  |
-        | Linear                | wq wk wv wu w1 w3, CTRHead.hidden        | normal, std 1 / sqrt(fan in)        |
-        | ResidualLinear        | wo w2                                    | the same / sqrt(2 n_layers)         |
-        | ZeroLinear, Zero...   | gates, content, position, time, feedback | 0: no effect at first               |
+        | module             | where                                    | initial value                      |
+        |--------------------|------------------------------------------|------------------------------------|
+        | Embedding          | items, users, profile and time tokens    | normal, std 1 / sqrt(D): unit rows |
+        | Linear             | wq wk wv wu w1 w3, CTRHead.hidden        | normal, std 1 / sqrt(fan in)       |
+        | ResidualLinear     | wo w2                                    | the same / sqrt(2 n_layers)        |
+        | ZeroLinear, Zero.. | gates, content, position, time, feedback | 0: no effect at first              |
 
         Norm gains start at 1. Rows of padding and of items held out are 0 and stay so."""
         for module in self.modules():
@@ -264,7 +264,7 @@ class SequenceRecommender(nn.Module):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
 
     def add_user(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(B, n, D) -> (B, n, D): with a vector of the user's own (SASRec, arXiv 1808.09781, section III.E)"""
+        """(B, n, D) -> (B, n, D), with the user's own vector added (SASRec, arXiv 1808.09781, section III.E)."""
         if self.cfg.user_embedding == "explicit":
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         return hidden

@@ -14,7 +14,7 @@ from reclm.errors import UserError
 # What fixes a setting once a model is trained, named on each field:
 #   model, data  every use of a checkpoint: evaluation, resume
 #   trajectory   a resumed run, whose weights depend on it
-#   leak         --init_from: with another value the checkpoint may have learned from what this run is tested with
+#   leak         --init_from: with another value the checkpoint may have learned from this run's test data
 #   free         nothing
 PARTS = ("model", "data", "trajectory", "leak", "free")
 
@@ -171,8 +171,8 @@ class LossConfig:
     """Loss"""
 
     loss: str = setting("bce", "trajectory", MATCHING)
-    """bce, gbce, sampled_softmax or softmax: binary cross entropy (SASRec), generalised BCE (gSASRec), softmax
-    over negatives or over all items (reclm/nn/losses.py)"""
+    """bce, gbce, sampled_softmax or softmax: binary cross entropy (SASRec), generalised BCE (gSASRec),
+    softmax over negatives or over all items (reclm/nn/losses.py)"""
     num_negatives: int = setting(1024, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
     """N: negatives that each target is compared with (softmax uses all items instead)"""
     share_negatives: bool = setting(True, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Dataset, load_dataset
+from data import load_dataset
 from evaluate import evaluate
-from reclm import runs
-from reclm.config import ModelConfig, build_config, parse_args
+from reclm.config import ModelConfig, build_config
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
+from reclm.flags import parse_args
 
 
 class Baseline(nn.Module):

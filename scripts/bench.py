@@ -35,7 +35,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the spine
 
 from data import load_dataset  # noqa: E402
-from reclm import runs  # noqa: E402
 from reclm.config import DataConfig  # noqa: E402
 from reclm.errors import UserError  # noqa: E402
 

@@ -37,12 +37,13 @@ from torch import Tensor
 
 import main as program
 import model as spine
-from data import Dataset, Impressions, load_dataset
-from reclm import dist, runs
-from reclm.config import Config, ModelConfig, build_config, parse_args
+from data import Impressions, load_dataset
+from reclm.config import Config, ModelConfig, build_config
+from reclm.data.dataset import Dataset, Vocabulary
+from reclm.data.features import choose_inputs
 from reclm.errors import UserError
-from reclm.features import choose_inputs
-from reclm.inputs import Vocabulary
+from reclm.flags import parse_args
+from reclm.run import dist
 
 ONE_BY_ONE = 10  # candidates that are measured with a history anew for each
 NUM_ITEMS, NUM_ACTIONS = 10_000, 5  # made up
@@ -78,7 +79,7 @@ def made_up_batch(cfg: ModelConfig, users: int, candidates: int) -> dict[str, Te
         "timestamps": history,
         "next_timestamps": torch.cat([history[:, 1:], shown[:, :1]], dim=1),
         "candidate_ids": draw(candidates, NUM_ITEMS),
-        "candidate_seen": torch.full((users, candidates), cfg.max_len),
+        "history_lengths": torch.full((users, candidates), cfg.max_len),
         "candidate_times": shown,
     }
 
@@ -128,9 +129,9 @@ class Rows(Impressions):
         self.dataset, self.rows, self.first = dataset, rows, np.arange(len(rows))
         self.users = np.searchsorted(dataset.offsets, rows, side="right") - 1
         self.counts = np.ones_like(rows)
-        self.skipped = np.maximum(0, dataset.num_seen[rows] - max_len)
+        self.skipped = np.maximum(0, dataset.history_lengths[rows] - max_len)
         self.starts = dataset.offsets[self.users] + self.skipped
-        self.lengths = dataset.num_seen[rows] - self.skipped
+        self.lengths = dataset.history_lengths[rows] - self.skipped
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         order = np.argsort(-self.lengths, kind="stable")
@@ -140,7 +141,7 @@ class Rows(Impressions):
 def training(cfg: Config, num_batches: int, row_batch: int, rounds: int) -> dict:
     """Impressions a second in both forms, of the first batches of an epoch. Raises UserError."""
     dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
-    run = program.Trainer(cfg, dataset, None, None)
+    run = program.Run(cfg, dataset, None, None)
     run.model.train()
     sequences = list(islice(run.batches.epoch(0), num_batches))
     rows = []

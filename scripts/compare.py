@@ -2,8 +2,9 @@
 
     git worktree add ../before COMMIT
     python scripts/compare.py --repo=../before --out=before.json      # before the change
-    python scripts/compare.py --out=after.json --against=before.json  # after it: a table, and exit code 1 where
-                                                                      # a metric differs in its fourth digit
+    python scripts/compare.py --out=after.json --against=before.json  # after it
+
+Prints a table; exit code 1 where a metric differs in its fourth digit.
 
 A run is described by a hash of its weights, whatever their names are, and its validation and test metrics."""
 

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import main as program
-from data import Dataset
 from evaluate import evaluate
 from model import SequenceRecommender
-from reclm import dist, hstu, runs
 from reclm.config import LossConfig, ModelConfig, build_config
-from reclm.inputs import Vocabulary
-from reclm.losses import softmax
+from reclm.data.dataset import Dataset, Vocabulary
+from reclm.nn import hstu
+from reclm.nn.losses import softmax
+from reclm.run import dist
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
 RANK = {
@@ -70,8 +70,8 @@ def made_up(users: int, items: int, length: int, seed: int = 0) -> Dataset:
     )  # fmt: skip
 
 
-def trainer(dataset: Dataset, **said) -> program.Trainer:
-    run = program.Trainer(build_config(RANK | said), dataset, None, None)
+def trainer(dataset: Dataset, **said) -> program.Run:
+    run = program.Run(build_config(RANK | said), dataset, None, None)
     run.model.train()
     return run
 
@@ -87,7 +87,7 @@ def seconds(work: Callable, repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def step(run: program.Trainer, batch: tuple) -> None:
+def step(run: program.Run, batch: tuple) -> None:
     """One optimizer step on a batch of TrainBatches."""
     _, micro_batches, num_targets = batch
     program.accumulate_gradients(run, micro_batches, num_targets)
@@ -95,7 +95,7 @@ def step(run: program.Trainer, batch: tuple) -> None:
     run.optimizer.step()
 
 
-def phases(run: program.Trainer, steps: int = 24) -> dict:
+def phases(run: program.Run, steps: int = 24) -> dict:
     """Milliseconds of each phase of a step, over the first batches of an epoch."""
     model, total = run.model, defaultdict(float)
     for count in (2, steps):  # the first two are not counted
@@ -125,7 +125,7 @@ def phases(run: program.Trainer, steps: int = 24) -> dict:
     return {"tokens_per_s": rate, "ms": {name: 1e3 * value / steps for name, value in total.items()}}
 
 
-def operators(run: program.Trainer, steps: int = 5) -> dict:
+def operators(run: program.Run, steps: int = 5) -> dict:
     """Shares of a step by kind of work, and its efficiency: time of its plain matrix products / its time."""
     batch = max(run.batches.epoch(0), key=lambda batch: batch[2])  # the same in all steps: no new memory
     plain = seconds(lambda: step(run, batch), 2 * steps)

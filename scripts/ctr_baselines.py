@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import main as program
-from reclm.config import LossConfig, ModelConfig, parse_args
-from reclm.dropout import Dropout
+from reclm.config import LossConfig, ModelConfig
+from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
-from reclm.heads import click_loss
-from reclm.inputs import PADDING, Vocabulary
+from reclm.flags import parse_args
+from reclm.nn.heads import ctr_loss
+from reclm.nn.inputs import PADDING
+from reclm.nn.layers import Dropout
 
 OF_BLOCKS = (
     "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "attention_norm", "gated_residuals", "norm_eps",
@@ -93,7 +95,7 @@ class Baseline(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """As of SequenceRecommender: with "targets" the SUM of the loss over them, without logits (B, C)."""
         logits = self.logits(batch)
-        return click_loss(logits, batch["targets"]) if "targets" in batch else logits
+        return ctr_loss(logits, batch["targets"]) if "targets" in batch else logits
 
 
 class LogisticRegression(Baseline):
@@ -150,7 +152,7 @@ class DIN(Baseline):
         if torch.is_grad_enabled():
             pool = partial(checkpoint, pool, use_reentrant=False, preserve_rng_state=False)
         window, parts = self.cfg.window or actions.shape[1], []
-        seen = batch["candidate_seen"]  # (B, C)
+        seen = batch["history_lengths"]  # (B, C)
         for part in torch.arange(candidates.shape[1], device=seen.device).split(size):
             last = seen[:, part]
             there = last[batch["candidate_ids"][:, part] != PADDING]

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import load_dataset
-from reclm.config import build_config, parse_args
+from reclm.config import build_config
 from reclm.errors import UserError
+from reclm.flags import parse_args
 
 SIZE = 224
 MEAN, SCALE = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from data import load_dataset
-from reclm.config import DataConfig, build_config, parse_args
-from reclm.datasets import find_dataset, read_dataset
+from reclm.config import DataConfig, build_config
+from reclm.data.sources import find_dataset, read_dataset
 from reclm.errors import UserError
+from reclm.flags import parse_args
 
 
 def texts_of(cfg: DataConfig) -> list[str]:

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import score_impressions
 from main import open_checkpoint
-from reclm import checkpoint, runs
-from reclm.config import parse_args
+from reclm.data.impressions import ask
+from reclm.data.readers import READERS
 from reclm.errors import UserError
-from reclm.impressions import ask
-from reclm.readers import READERS
+from reclm.flags import parse_args
+from reclm.run import checkpoint
 
 
 def rank(candidates: Path, out: Path, said: dict) -> None:

@@ -37,7 +37,7 @@ def main(folders: list[str]) -> None:
     seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}" * ("HR@10" in names)
     print(f"protocol  {first['protocol']}{seen}")
     print(f"commit    {', '.join(sorted({result['commit'] for result in results}))}")
-    print(f"date      {first['date'][:10]}, {first['world_size']} rank(s), {first['machine']}")
+    print(f"date      {first['date'][:10]}, {first['num_processes']} rank(s), {first['machine']}")
     print(f"seeds     {', '.join(str(result['seed']) for result in results)}")
     print(f"minutes   {', '.join(format(result['seconds'] / 60, '.1f') for result in results)}")
     print(f"epoch     {', '.join(str(result['best_epoch']) for result in results)} (best on validation)")

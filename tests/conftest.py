@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from data import Dataset
-from reclm import dist
 from reclm.config import DataConfig
-from reclm.impressions import label_impressions
-from reclm.sequences import build_sequences
+from reclm.data.dataset import Dataset
+from reclm.data.impressions import label_impressions
+from reclm.data.prepare import build_sequences
+from reclm.run import dist
 
 torch.set_num_threads(1)
 
@@ -88,7 +88,7 @@ def known_before(table, history):
 def as_rank(monkeypatch, rank, world):
     """Make the program believe that this process is `rank` of `world`."""
     monkeypatch.setattr(dist, "rank", lambda: rank)
-    monkeypatch.setattr(dist, "world_size", lambda: world)
+    monkeypatch.setattr(dist, "num_processes", lambda: world)
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def write_csv(path: Path, num_users: int = 40, num_items: int = 25, first_item: 
 def read_rows(folder: Path) -> list[dict]:
     """metrics.jsonl, without the times it took."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = {"train_seconds", "eval_seconds", "tokens_per_second"}
+    times = {"train_seconds", "eval_seconds", "targets_per_second"}
     return [{name: value for name, value in row.items() if name not in times} for row in rows]
 
 

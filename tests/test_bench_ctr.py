@@ -15,8 +15,8 @@ import bench_ctr
 import main as program
 from data import load_dataset
 from reclm.config import build_config
+from reclm.data.features import choose_inputs
 from reclm.errors import UserError
-from reclm.features import choose_inputs
 
 DAY = 86400
 
@@ -38,7 +38,7 @@ def make_run(csv, **settings):
     cfg = build_config(
         {"task": "ctr", "dataset": str(csv), "dim": 16, "batch_size": 6, "device": "cpu"} | settings
     )
-    run = program.Trainer(cfg, choose_inputs(load_dataset(cfg.data, "ctr"), cfg), None, None)
+    run = program.Run(cfg, choose_inputs(load_dataset(cfg.data, "ctr"), cfg), None, None)
     torch.manual_seed(2)
     for weight in run.model.parameters():
         torch.nn.init.normal_(weight.detach(), std=0.2)
@@ -72,7 +72,7 @@ def test_a_row_has_the_last_actions_before_its_impression(csv):
     for batch in bench_ctr.Rows(dataset, rows, 3).batches(16):
         for i, row in enumerate(batch["rows"][:, 0].tolist()):
             first = dataset.offsets[batch["user_ids"][i]]
-            history = dataset.item_ids[first : first + dataset.num_seen[row]][-3:].tolist()
+            history = dataset.item_ids[first : first + dataset.history_lengths[row]][-3:].tolist()
             assert batch["item_ids"][i, : batch["lengths"][i]].tolist() == history
             assert batch["candidate_ids"][i].tolist() == [dataset.item_ids[row]]
             assert batch["targets"][i].tolist() == [1 + dataset.labels[row]]

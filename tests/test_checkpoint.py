@@ -1,10 +1,10 @@
-"""reclm/checkpoint.py: what is refused when a file is read."""
+"""reclm/run/checkpoint.py: what is refused when a file is read."""
 
 import pytest
 import torch
 
-from reclm.checkpoint import VERSION, load_checkpoint
 from reclm.errors import UserError
+from reclm.run.checkpoint import VERSION, load_checkpoint
 
 
 @pytest.mark.parametrize("version", [None, VERSION - 1, VERSION])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from model import SequenceRecommender
-from reclm.config import SECTIONS, Config, ModelConfig, build_config, parse_args
+from reclm.config import SECTIONS, Config, ModelConfig, build_config
+from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
-from reclm.inputs import Vocabulary
-from reclm.runs import dump_config
+from reclm.flags import parse_args
+from reclm.run.folder import dump_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

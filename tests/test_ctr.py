@@ -17,8 +17,9 @@ from test_bad_input import assert_refused
 from data import load_dataset
 from evaluate import score_impressions
 from main import open_checkpoint
-from reclm import datasets, impressions, readers
 from reclm.config import DataConfig
+from reclm.data import impressions, readers
+from reclm.data import sources as datasets
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import rank

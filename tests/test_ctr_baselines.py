@@ -12,7 +12,7 @@ import ctr_baselines
 
 import main as program
 from reclm.config import LossConfig, ModelConfig
-from reclm.inputs import Vocabulary
+from reclm.data.dataset import Vocabulary
 
 FEATURES = {
     "genres": np.array([[1, 2], [2, 0], [1, 0], [0, 0], [3, 1]]),
@@ -32,7 +32,7 @@ def made_up_batch():
         "profiles": torch.tensor([[2, 1], [1, 0]]),
         "candidate_ids": torch.tensor([[3, 4, 5], [1, 5, 0]]),
         "candidate_contexts": torch.tensor([[2, 1, 1], [1, 2, 0]]),
-        "candidate_seen": torch.tensor([[0, 2, 4], [1, 2, 0]]),
+        "history_lengths": torch.tensor([[0, 2, 4], [1, 2, 0]]),
         "targets": torch.tensor([[1, 2, 2], [2, 1, 0]]),
     }
 
@@ -88,7 +88,7 @@ def test_din_looks_at_what_the_candidate_may_see_and_no_further(name, window):
         changed = batch[name].clone()
         changed[0, t] = changed[0, t] % 2 + 1
         moved = (model(batch | {name: changed}) - before).abs() > 1e-6
-        seen = batch["candidate_seen"][0]
+        seen = batch["history_lengths"][0]
         assert moved[0].tolist() == ((seen > t) & ((seen <= t + window) | (window == 0))).tolist()
         assert not moved[1].any()
 

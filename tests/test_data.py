@@ -13,12 +13,13 @@ from scipy.stats import chisquare
 import main
 from data import TrainBatches, eval_batches, load_dataset
 from model import SequenceRecommender
-from reclm import datasets, sequences
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from reclm.data import prepare as sequences
+from reclm.data import sources as datasets
+from reclm.data.negatives import NegativeSampler
+from reclm.data.prepare import build_sequences, prepare
 from reclm.errors import UserError
-from reclm.losses import LOSSES
-from reclm.negatives import NegativeSampler
-from reclm.sequences import build_sequences, prepare
+from reclm.nn.losses import LOSSES
 
 # Users of 1, 2, 3, 5 and 300 items.
 FIVE = [[7], [1, 2], [3, 4, 5], [6, 1, 7, 2, 5], [1 + i % 8 for i in range(300)]]
@@ -65,7 +66,7 @@ def test_leave_one_out_by_hand():
     dataset = make_dataset(FIVE)
     assert dataset.num_users == 5 and dataset.num_items == 8
     assert dataset.lengths.tolist() == [1, 2, 3, 5, 300]
-    assert dataset.evaluated.tolist() == [2, 3, 4]
+    assert dataset.ranked_users.tolist() == [2, 3, 4]
     assert dataset.train_lengths.tolist() == [1, 2, 1, 3, 298]
     # Users 0 and 2 have one training item: no next item to learn.
     rows = rows_by_user(epoch_of(batches_of(dataset, max_len=4)))
@@ -508,7 +509,7 @@ def test_ranks_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeyp
         as_rank(monkeypatch, rank, world)
         parts.append(list(eval_batches(tiny_dataset, "test", 20, batch_size)))
     users = sorted(user for part in parts for batch in part for user in batch["user_ids"].tolist())
-    assert users == tiny_dataset.evaluated.tolist()
+    assert users == tiny_dataset.ranked_users.tolist()
     for i, batch in enumerate(whole):
         assert equal_batches(batch, parts[i % world][i // world])
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from reclm import datasets, download, readers
-from reclm.datasets import find_dataset, read_dataset
+from reclm.data import download, readers
+from reclm.data import sources as datasets
+from reclm.data.sources import find_dataset, read_dataset
 from reclm.errors import UserError
 
 NO_NETWORK = "http://127.0.0.1:9"  # nothing listens on the discard port

@@ -8,8 +8,8 @@ from launch import MAIN, environment
 LEAVE_AT_A_BARRIER = """
 import atexit, sys, torch, weakref
 from functools import partial
-atexit.register(lambda: print(left, group()))  # runs after what reclm.dist has registered
-from reclm import dist
+atexit.register(lambda: print(left, group()))  # runs after what reclm.run.dist has registered
+from reclm.run import dist
 
 def run():
     model = dist.data_parallel(torch.nn.Linear(2, 1))
@@ -21,7 +21,7 @@ init, left = torch.distributed.init_process_group, 0
 for number in range(100):
     # Met in a file: a hundred free ports would be a hundred chances that another process takes one.
     store = torch.distributed.FileStore(f"{sys.argv[1]}/{number}", 2)
-    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), world_size=2)
+    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), num_processes=2)
     try:
         with dist.distributed():
             group = weakref.ref(torch.distributed.group.WORLD)
@@ -32,7 +32,7 @@ for number in range(100):
 
 
 def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
-    """A race of threads, lost in 3 of 36 stopped runs (see reclm/dist.py): so a hundred times. The last group
+    """A race of threads, lost in 3 of 36 stopped runs (see reclm/run/dist.py): so a hundred times. The last group
     is gone before the interpreter is."""
     launched = environment({"WORLD_SIZE": "2"})
     ranks = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from reclm.dropout import Dropout
+from reclm.nn.layers import Dropout
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 0.5, 0.9])

@@ -15,7 +15,7 @@ from model import SequenceRecommender
 from reclm.config import EvalConfig, LossConfig, ModelConfig, TrainConfig
 from reclm.errors import UserError
 from reclm.metrics import CUTOFFS
-from reclm.optim import build_optimizer, learning_rate
+from reclm.run.optim import build_optimizer, learning_rate
 
 
 def build(dataset, seed=0, loss="softmax", **changes):
@@ -95,7 +95,7 @@ def test_ranks_are_bit_equal_on_any_number_of_ranks(tiny_dataset, monkeypatch, b
                 assert user not in found
                 found[user] = (value, row)
         results[world] = found
-    assert results[1].keys() == set(tiny_dataset.evaluated.tolist())
+    assert results[1].keys() == set(tiny_dataset.ranked_users.tolist())
     assert results[1] == results[2] == results[3]
 
 

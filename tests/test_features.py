@@ -11,9 +11,10 @@ from test_model import build, random_batch
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig
+from reclm.data.dataset import Vocabulary
+from reclm.data.features import load_features, profile_codes, rating_levels, word_codes
 from reclm.errors import UserError
-from reclm.features import load_features, profile_codes, rating_levels, word_codes
-from reclm.inputs import ItemContent, Vocabulary
+from reclm.nn.inputs import ItemContent
 
 USERS = pd.DataFrame(
     {

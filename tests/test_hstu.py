@@ -9,9 +9,9 @@ from launch import python, read_json, write_csv
 from test_model import array, build, random_batch
 
 from model import Context
-from reclm import hstu
 from reclm.config import ModelConfig
-from reclm.intervals import NUM_BUCKETS
+from reclm.nn import hstu
+from reclm.nn.layers import NUM_BUCKETS
 
 
 def silu(x):

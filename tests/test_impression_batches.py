@@ -7,8 +7,8 @@ from conftest import as_rank, impressions_table, known_before, make_impressions
 from test_data import batches_of, epoch_of, equal_batches
 
 from data import impression_batches
+from reclm.data.impressions import SPLITS
 from reclm.errors import UserError
-from reclm.impressions import SPLITS
 
 
 def batches_of_split(dataset, split, max_len, batch_size=5, **train):
@@ -40,7 +40,7 @@ def test_each_impression_once_behind_what_came_before_it(history, max_len, split
     before, found = [*known_before(table, history)], []
     for batch, row, column in shown_in(batches_of_split(dataset, split, max_len)):
         place = batch["candidate_contexts"][row, column].item() - 1  # in the file: says which one it is
-        seen = batch["candidate_seen"][row, column].item()
+        seen = batch["history_lengths"][row, column].item()
         found.append(place)
         assert dataset.items[batch["candidate_ids"][row, column] - 1] == file["item"][place]
         assert dataset.users[batch["user_ids"][row]] == file["user"][place]
@@ -67,7 +67,7 @@ def test_nothing_lies_in_the_padding(split):
         count = (batch["targets"] > 0).sum(1)
         for names, lengths in (
             (("item_ids", "timestamps", "contexts"), batch["lengths"]),
-            (("candidate_ids", "candidate_seen", "candidate_times", "candidate_contexts", "rows"), count),
+            (("candidate_ids", "history_lengths", "candidate_times", "candidate_contexts", "rows"), count),
         ):
             for name in names:
                 behind = torch.arange(batch[name].shape[1]) >= lengths[:, None]
@@ -121,5 +121,5 @@ def test_whose_history_is_empty():
     for length, split in enumerate(SPLITS):
         for batch in batches_of_split(dataset, split, 5):
             assert batch["lengths"].tolist() == [length] * len(batch["lengths"])
-            assert batch["candidate_seen"].tolist() == [[length]] * len(batch["lengths"])
+            assert batch["history_lengths"].tolist() == [[length]] * len(batch["lengths"])
             assert batch["item_ids"].shape[1] == max(1, length)

@@ -10,9 +10,7 @@ from conftest import impressions_table, known_before, make_impressions, tiny_row
 
 from data import load_dataset
 from reclm.config import DataConfig
-from reclm.datasets import find_dataset, read_dataset
-from reclm.errors import UserError
-from reclm.impressions import (
+from reclm.data.impressions import (
     DAY,
     SPLITS,
     label_impressions,
@@ -20,6 +18,8 @@ from reclm.impressions import (
     split_at_random,
     split_by_time,
 )
+from reclm.data.sources import find_dataset, read_dataset
+from reclm.errors import UserError
 
 
 def labelled(table, **settings):
@@ -154,7 +154,7 @@ def test_histories_by_brute_force(history, timed):
     for user, (first, last) in enumerate(zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)):
         assert (table["user"][places[first:last]] == dataset.users[user]).all()
         for row in range(first, last):
-            seen = places[first : first + dataset.num_seen[row]]
+            seen = places[first : first + dataset.history_lengths[row]]
             assert seen.tolist() == expected[places[row]]
 
 

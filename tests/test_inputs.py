@@ -15,9 +15,10 @@ from test_model import random_batch
 from data import TrainBatches, eval_batches, load_dataset
 from model import SequenceRecommender
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig, build_config
-from reclm.features import choose_inputs
-from reclm.inputs import HOURS, ITEM, PADDING, PROFILE, TIME, Inputs, Vocabulary, calendar
-from reclm.intervals import NUM_BUCKETS
+from reclm.data.dataset import Vocabulary
+from reclm.data.features import choose_inputs
+from reclm.nn.inputs import HOURS, ITEM, PADDING, PROFILE, TIME, Inputs, calendar
+from reclm.nn.layers import NUM_BUCKETS
 
 ITEMS, FIELDS = 40, (3, 2, 5)
 VOCABULARY = Vocabulary(ITEMS, 9, FIELDS, num_actions=5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_model import build, random_batch
 
-from reclm.intervals import NUM_BUCKETS, log_buckets
+from reclm.nn.layers import NUM_BUCKETS, log_buckets
 
 
 def test_buckets_by_hand():

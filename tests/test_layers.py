@@ -18,7 +18,7 @@ def tree(path):
 
 
 def imports(path):
-    """Dotted names of all that a file imports, at any depth: "torch.nn", "reclm.dist", "data"."""
+    """Dotted names of all that a file imports, at any depth: "torch.nn", "reclm.run.dist", "data"."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):

@@ -6,7 +6,7 @@ import pytest
 from conftest import as_rank
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reclm.logger import Logger, plot_curves, say, write_json
+from reclm.run.logger import Logger, plot_curves, say, write_json
 
 
 def row(epoch, score=0.5):

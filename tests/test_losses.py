@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reclm.losses import LOSSES, bce, gbce, sampled_softmax, softmax
+from reclm.nn.losses import LOSSES, bce, gbce, sampled_softmax, softmax
 
 V, D, M, N = 12, 5, 7, 6  # items are 1 .. 11
 NAMES = ["bce", "gbce", "sampled_softmax"]

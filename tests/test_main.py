@@ -22,8 +22,8 @@ from launch import (
 )
 
 import main
-from reclm import checkpoint, dist
 from reclm.errors import UserError
+from reclm.run import checkpoint, dist
 
 # What a run on two ranks and one on three have in common: each rank draws its own dropout. With three
 # rows a step or fewer, the third rank has none in some of the steps. A constant learning rate, so that
@@ -84,7 +84,7 @@ def test_training_leaves_all_files(trained):
 
 def test_result_says_what_makes_it_again(trained):
     result = read_json(run_dir(trained) / "result.json")
-    assert result["dataset"] == "tiny" and result["world_size"] == 2 and result["seed"] == 0
+    assert result["dataset"] == "tiny" and result["num_processes"] == 2 and result["seed"] == 0
     assert "leave-one-out" in result["protocol"] and result["num_users"] == 40 and result["num_items"] == 25
     assert result["commit"] and 0 < result["seconds"] < 100
     rows = read_rows(run_dir(trained))
@@ -107,7 +107,7 @@ def test_evaluation_does_not_depend_on_ranks(trained):
     for launch in (here, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
         launch("--eval_only=true", "--ckpt_name=epoch_15.pth", "--eval_batch_size=7", cwd=trained).ok()
         results.append(read_json(folder / "eval-epoch_15.json"))
-    assert [result["world_size"] for result in results] == [2, 1, 3]
+    assert [result["num_processes"] for result in results] == [2, 1, 3]
     for split in ("valid", "test"):
         assert results[0][split] == results[1][split] == results[2][split]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from reclm.metrics import CUTOFFS, area_under_curve, chooses, click_metrics, rank_of_target, ranking_sums
+from reclm.metrics import CUTOFFS, area_under_curve, chooses, ctr_metrics, rank_of_target, ranking_sums
 
 
 def brute_force_rank(scores, target):
@@ -89,7 +89,7 @@ def clicks(levels, size=400, seed=0):
 
 
 def measured(logits, labels, users):
-    return click_metrics(torch.tensor(logits), torch.tensor(labels), torch.tensor(users))
+    return ctr_metrics(torch.tensor(logits), torch.tensor(labels), torch.tensor(users))
 
 
 def pairs_won(scores, labels):
@@ -129,7 +129,7 @@ def test_clicks_are_scikit_learns(levels):
     areas, sizes = [pairs_won(logits[rows], labels[rows]) for rows in mine], [rows.sum() for rows in mine]
     assert got["GAUC"] == pytest.approx(np.average(areas, weights=sizes), rel=1e-12)
     assert got["GAUC"] != pytest.approx(np.mean(areas), rel=1e-6)
-    assert got["users of GAUC"] == len(mine)
+    assert got["GAUC_users"] == len(mine)
 
 
 def test_the_order_of_impressions_changes_nothing():
@@ -137,19 +137,19 @@ def test_the_order_of_impressions_changes_nothing():
     order = np.random.default_rng(1).permutation(400)
     first, second = measured(*columns), measured(*(column[order] for column in columns))
     assert first.keys() == second.keys()
-    exact = [first[name] == second[name] for name in ("AUC", "GAUC", "users of GAUC", "positives")]
+    exact = [first[name] == second[name] for name in ("AUC", "GAUC", "GAUC_users", "positives")]
     assert all(exact) and first["logloss"] == pytest.approx(second["logloss"], rel=1e-12)
 
 
 def test_what_is_not_defined_is_left_out():
     logits = torch.tensor([0.0, 2.0, -1.0])
     for label in (0, 1):
-        got = click_metrics(logits, torch.full((3,), label), torch.tensor([0, 0, 1]))
+        got = ctr_metrics(logits, torch.full((3,), label), torch.tensor([0, 0, 1]))
         assert got.keys() == {"logloss", "positives", "impressions"} and got["positives"] == label
         wrong = -logits.double() if label else logits.double()
         assert got["logloss"] == pytest.approx(wrong.exp().log1p().mean().item())
-    got = click_metrics(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))  # both, but of no user
-    assert got["AUC"] == 1 and "NE" in got and not {"GAUC", "users of GAUC"} & got.keys()
+    got = ctr_metrics(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))  # both, but of no user
+    assert got["AUC"] == 1 and "NE" in got and not {"GAUC", "GAUC_users"} & got.keys()
 
 
 @pytest.mark.parametrize("prefix", ["", "valid/"])

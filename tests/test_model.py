@@ -17,8 +17,8 @@ from model import (
     rotate,
 )
 from reclm.config import LossConfig, ModelConfig, TrainConfig
-from reclm.inputs import Vocabulary
-from reclm.optim import build_optimizer
+from reclm.data.dataset import Vocabulary
+from reclm.run.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
 ITEMS, USERS = 40, 9

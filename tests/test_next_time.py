@@ -10,10 +10,10 @@ from scipy.stats import norm
 from test_model import build, random_batch
 
 from data import eval_batches
-from evaluate import evaluate, evaluate_times
+from evaluate import evaluate, time_metrics
 from reclm.config import EvalConfig, ModelConfig, build_config
 from reclm.errors import UserError
-from reclm.next_time import COMPONENTS, TIME_ERRORS, TimeHead, log_time, time_errors, training_spread
+from reclm.nn.heads import COMPONENTS, TIME_ERRORS, TimeHead, gap_statistics, log_time, time_errors
 
 
 def random_head(seed=0):
@@ -89,7 +89,7 @@ def timed_dataset():
 
 def test_forecasts_by_hand():
     dataset = timed_dataset()
-    spread = training_spread(dataset)
+    spread = gap_statistics(dataset)
     squares, means, last_gaps = [], [], []
     for u in range(dataset.num_users):
         times = dataset.timestamps[dataset.offsets[u] :][: dataset.train_lengths[u]]
@@ -117,23 +117,23 @@ def test_forecasts_by_hand():
 
 def test_too_few_gaps_to_learn_from():
     """Three actions a user: none is left between two training actions."""
-    spread = training_spread(make_dataset([[1, 2, 3], [2, 3, 1]]))
+    spread = gap_statistics(make_dataset([[1, 2, 3], [2, 3, 1]]))
     assert spread["mean"] == 0 and spread["last_gap"] == spread["user_mean"] == 0.05
 
 
 def test_metrics_do_not_depend_on_the_ranks(monkeypatch):
     dataset, cfg = timed_dataset(), EvalConfig(eval_batch_size=4)
     model = build(num_items=20, time_head=True, max_len=16)
-    whole = evaluate_times(model, dataset, "test", cfg)
+    whole = time_metrics(model, dataset, "test", cfg)
     assert set(whole) == set(TIME_ERRORS)
     assert whole == {name: evaluate(model, dataset, "test", cfg)[name] for name in TIME_ERRORS}
-    monkeypatch.setattr("evaluate.mean_over_ranks", lambda sums, count: (sums | {"count": count}, count))
+    monkeypatch.setattr("evaluate.mean_over_processes", lambda sums, count: (sums | {"count": count}, count))
     parts = []
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
-        parts.append(evaluate_times(model, dataset, "test", cfg))
+        parts.append(time_metrics(model, dataset, "test", cfg))
     count = sum(part["count"] for part in parts)
-    assert count == len(dataset.evaluated)
+    assert count == len(dataset.ranked_users)
     for name in TIME_ERRORS:
         assert sum(part[name] for part in parts) / count == pytest.approx(whole[name], rel=1e-9)
 

@@ -7,8 +7,8 @@ import torch
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig, TrainConfig
-from reclm.inputs import Vocabulary
-from reclm.optim import build_optimizer, learning_rate, update_average
+from reclm.data.dataset import Vocabulary
+from reclm.run.optim import build_optimizer, learning_rate, update_average
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from test_model import build, random_batch
 
 from data import TrainBatches, eval_batches
 from reclm.config import LossConfig, ModelConfig, TrainConfig
-from reclm.positions import NUM_BUCKETS, PositionEmbedding
+from reclm.nn.layers import NUM_BUCKETS, PositionEmbedding
 
 
 def test_each_action_gets_the_vector_of_its_number():

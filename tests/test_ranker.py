@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import model as model_module
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig
-from reclm.inputs import Vocabulary
+from reclm.data.dataset import Vocabulary
 
 V, LENGTH = 50, 12
 VARIANTS = {
@@ -64,7 +64,7 @@ def make_batch(candidates=5, users=3):
         "timestamps": times[:, :-1] * real,
         "next_timestamps": times[:, 1:] * real,
         "candidate_ids": draw(1, V, users, candidates),
-        "candidate_seen": seen,
+        "history_lengths": seen,
         "candidate_times": times.gather(1, seen) + draw(0, 10**4, users, candidates),
         "candidate_contexts": draw(1, 4, users, candidates),
     }
@@ -72,7 +72,7 @@ def make_batch(candidates=5, users=3):
 
 def as_last_action(batch, user, candidate):
     """A batch of one row: what the candidate sees, and the candidate as the action behind it."""
-    seen = int(batch["candidate_seen"][user, candidate])
+    seen = int(batch["history_lengths"][user, candidate])
     last = {
         "item_ids": batch["candidate_ids"],
         "contexts": batch["candidate_contexts"],
@@ -125,7 +125,7 @@ def test_candidates_and_later_actions_are_not_seen(variant):
     other["actions"][0, 5:] = 1 + other["actions"][0, 5:] % 5
     after = model(other)
     moved = (before - after).abs() > 1e-4
-    sees = batch["candidate_seen"] > 5
+    sees = batch["history_lengths"] > 5
     sees[1:] = False
     if not variant.get("window"):
         assert moved[:, 2].all() and moved[sees].all()
@@ -161,7 +161,7 @@ def test_ten_thousand_candidates_fit():
     ids = torch.from_numpy(np.random.default_rng(0).integers(1, V, (3, many)))
     batch |= {
         "candidate_ids": ids,
-        "candidate_seen": batch["lengths"][:, None].expand(-1, many),
+        "history_lengths": batch["lengths"][:, None].expand(-1, many),
         "candidate_times": batch["candidate_times"][:, :1].expand(-1, many),
         "candidate_contexts": batch["candidate_contexts"][:, :1].expand(-1, many),
     }

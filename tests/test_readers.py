@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reclm.datasets import find_dataset, read_dataset
+from reclm.data.sources import find_dataset, read_dataset
 from reclm.errors import UserError
 
 

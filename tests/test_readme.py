@@ -53,7 +53,7 @@ def test_first_command_is_near_the_top_and_as_typed():
 def test_the_two_commands_of_the_readme(folder):
     Running(2, *flags_of(TRAIN), cwd=folder).finish().ok()
     result = read_json(folder / "runs" / "latest" / "result.json")
-    assert result["dataset"] == "ml-1m" and result["world_size"] == 2
+    assert result["dataset"] == "ml-1m" and result["num_processes"] == 2
     shown = Running(2, *flags_of(EVALUATE), cwd=folder).finish().ok().stdout
     evaluated = read_json(folder / "runs" / "latest" / "eval-epoch_15.json")
     assert f"{evaluated['test']['NDCG@10']:.4f}" in shown

@@ -16,7 +16,7 @@ def write_result(folder, seed, score, protocol="P3", names=RANKING):
     folder.mkdir()
     result = {
         "protocol": protocol, "filter_seen": True, "commit": "abc", "date": "2026-01-02 03:04:05",
-        "world_size": 2, "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7,
+        "num_processes": 2, "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7,
         "valid": metrics, "test": metrics,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))

@@ -25,8 +25,8 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     """Attach the optional inputs that this run uses (profiles, item features, feedback) and mark negative
     feedback. The fingerprint is extended by all that the weights depend on. Raises UserError where the data
     lack something that is asked for: here and nowhere later."""
-    refuse_missing_times(dataset, cfg)
-    chosen, codes, notes, read = {}, {}, list(dataset.notes), []
+    chosen, codes, read = {}, {}, []
+    notes = [*dataset.notes, *check_times(dataset, cfg)]
     if cfg.model.profile_tokens:
         if not dataset.profiles.shape[1]:
             raise UserError(f"--profile_tokens needs a user table, but {dataset.name} has none: leave it out")
@@ -39,10 +39,7 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
             read.append(rows)
             notes += note_unknown(rows, "items", f"known {name}")
     if cfg.model.action_embedding:
-        if len(dataset.labels) and not len(dataset.ratings):
-            codes[FEEDBACK] = 1 + dataset.labels
-        else:
-            codes[FEEDBACK] = rating_levels(ratings_for("action_embedding", dataset))
+        codes[FEEDBACK] = feedback_codes(dataset)
         read.append(codes[FEEDBACK])
     if len(dataset.contexts):
         codes["contexts"] = dataset.contexts
@@ -50,27 +47,34 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
         share = chosen["negative"].mean()
         notes.append(f"{share:.1%} of the actions are negative feedback: never a target of the loss")
-    if cfg.model.request_time:
-        notes.append("the model knows the time of the item to predict (--request_time=true)")
-    if cfg.model.model_name == "hstu" and not len(dataset.timestamps):
-        notes.append("no timestamps in these data: the time bias of hstu is off")
     fingerprint = dataset.fingerprint
     if read:
         fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in read)).hexdigest()[:8]
     return replace(dataset, notes=notes, fingerprint=fingerprint, codes=codes, **chosen)
 
 
-def refuse_missing_times(dataset: Dataset, cfg: Config) -> None:
+def check_times(dataset: Dataset, cfg: Config) -> list[str]:
+    """Notes about times. Raises UserError where they are asked for and the data have none."""
     if len(dataset.timestamps):
-        return
+        known = "the model knows the time of the item to predict (--request_time=true)"
+        return [known] if cfg.model.request_time else []
     for name in ("request_time", "time_tokens", "time_head"):
         if getattr(cfg.model, name) not in (False, "none"):
             raise UserError(f"--{name} needs timestamps, but {dataset.name} has none: leave it out")
+    off = "no timestamps in these data: the time bias of hstu is off"
+    return [off] if cfg.model.model_name == "hstu" else []
 
 
 def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
     count = int((rows == 0).all(1).sum())
     return [f"{count:,} of {len(rows):,} {whose} have no {what}"] if count else []
+
+
+def feedback_codes(dataset: Dataset) -> np.ndarray:
+    """(rows,) int64: the rating of each action by its level, or 1 + its label where there are no ratings."""
+    if len(dataset.labels) and not len(dataset.ratings):
+        return 1 + dataset.labels
+    return rating_levels(ratings_for("action_embedding", dataset))
 
 
 def ratings_for(flag: str, dataset: Dataset) -> np.ndarray:

@@ -102,9 +102,9 @@ def last_gap(batch: dict[str, Tensor]) -> Tensor:
 
 
 def forecast_errors(batch: dict[str, Tensor], spread: dict[str, float]) -> dict[str, Tensor]:
-    """The same of two forecasts without learning, a normal distribution of z around the gap before, and around
-    the mean of the user's gaps: {"time_NLL_last_gap": (B,), ...}. `spread`: their scales in the training data,
-    and the mean of z for users with a single action (reclm.data.dataset.gap_statistics)."""
+    """The same of two forecasts without learning, a normal distribution of z around the gap before and
+    around the mean of the user's gaps: {"time_NLL_last_gap": (B,), ...}. `spread`: their scales in the
+    training data, and the mean of z for users with a single action (reclm.data.dataset.gap_statistics)."""
     last, times, z = batch["lengths"][:, None] - 1, batch["timestamps"], last_gap(batch)
     known = torch.arange(times.shape[1] - 1, device=times.device) < last  # (B, T - 1)
     past = times.diff(dim=1).clamp(min=0)

@@ -129,7 +129,8 @@ def load_checkpoint(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
         raise UserError(
-            f"{path} is truncated or not a checkpoint ({first_line(error)}): use another --ckpt_name or --resume"
+            f"{path} is truncated or not a checkpoint ({first_line(error)}): "
+            "use another --ckpt_name or --resume"
         ) from None
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():

@@ -27,8 +27,8 @@ def describe_data(dataset: Dataset) -> str:
 
 def count_interactions(dataset: Dataset) -> str:
     return (
-        f"{dataset.num_users:,} users ({len(dataset.ranked_users):,} evaluated), {dataset.num_items:,} items, "
-        f"{len(dataset.item_ids):,} interactions"
+        f"{dataset.num_users:,} users ({len(dataset.ranked_users):,} evaluated), "
+        f"{dataset.num_items:,} items, {len(dataset.item_ids):,} interactions"
     )
 
 
@@ -44,8 +44,8 @@ def describe_model(model: torch.nn.Module, num_steps: int, num_targets: int) -> 
     size = sum(p.numel() for p in model.parameters())
     device = next(model.parameters()).device
     return (
-        f"model: {model.cfg.model_name}, {size:,} parameters in {dist.num_processes()} process(es) on {device}; "
-        f"an epoch is {num_steps} steps, {num_targets:,} targets"
+        f"model: {model.cfg.model_name}, {size:,} parameters in {dist.num_processes()} process(es) on "
+        f"{device}; an epoch is {num_steps} steps, {num_targets:,} targets"
     )
 
 

@@ -12,8 +12,8 @@ import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part 
 import main as program
 from data import load_dataset
 from evaluate import evaluate
-from reclm import dist
 from reclm.config import build_config
+from reclm.run import dist
 
 
 def settings(spec: dict) -> dict:
@@ -30,7 +30,7 @@ def measure(spec: dict) -> dict:
     begin = time.time()
     cfg = build_config(settings(spec))
     dataset = load_dataset(cfg.data)
-    run = program.Trainer(cfg, dataset, None, None)
+    run = program.Run(cfg, dataset, None, None)
     next(run.batches.epoch(0))
     prepared = time.time() - begin
     out_dir = Path(spec["result"]).parent / "ours"
@@ -59,7 +59,7 @@ def measure(spec: dict) -> dict:
         "positions": run.batches.num_targets,
         "targets": run.batches.num_targets,
         "eval_seconds": time.time() - ranking,
-        "eval_users": len(dataset.evaluated),
+        "eval_users": len(dataset.ranked_users),
     }
 
 
