@@ -264,7 +264,7 @@ class SequenceRecommender(nn.Module):
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
 
     def add_user(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(B, n, D) -> (B, n, D), with the user's own vector added (SASRec, arXiv 1808.09781, section III.E)."""
+        """(B, n, D) -> (B, n, D), plus the user's own vector (SASRec, arXiv 1808.09781, section III.E)."""
         if self.cfg.user_embedding == "explicit":
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         return hidden
