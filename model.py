@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
-from reclm.errors import UserError
+from reclm.errors import choose
 from reclm.nn.context import Context, KVCache, rotate, rotations
 from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, log_time, time_errors
 from reclm.nn.hstu import HSTUBlock
@@ -137,19 +137,13 @@ class SequenceRecommender(nn.Module):
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
-        choices = {
-            "task": (cfg.task, FORWARD),
-            "model_name": (cfg.model_name, BLOCKS),
-            "loss": (loss.loss, LOSSES),
-        }
-        for flag, (name, known) in choices.items():
-            if name not in known:
-                raise UserError(f"--{flag}={name} must be one of {', '.join(known)}")
         self.cfg, self.loss = cfg, loss
-        self.run_task, head = FORWARD[cfg.task]
+        self.run_task, head = choose("task", cfg.task, FORWARD)
+        self.compute_loss = choose("loss", loss.loss, LOSSES)
+        block = choose("model_name", cfg.model_name, BLOCKS)
         num_rows = vocabulary.num_items + 1  # V: items and padding
         self.item_embedding = nn.Embedding(num_rows, cfg.dim, padding_idx=0)
-        self.layers = nn.ModuleList(BLOCKS[cfg.model_name](cfg) for _ in range(cfg.n_layers))
+        self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
         self.inputs = Inputs(cfg, vocabulary)
@@ -316,7 +310,7 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     hidden = model.encode(batch, table=table)  # (B, T, D)
     valid = batch["targets"] != 0  # (B, T)
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
-    loss = LOSSES[model.loss.loss](hidden, table, targets, *model.negatives(batch, valid, targets))
+    loss = model.compute_loss(hidden, table, targets, *model.negatives(batch, valid, targets))
     if model.time_head is not None:
         gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
         loss = loss + TIME_WEIGHT * model.time_head(hidden, log_time(gaps)).sum()

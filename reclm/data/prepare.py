@@ -15,13 +15,15 @@ from reclm.config import DataConfig
 from reclm.data.features import item_texts, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
 from reclm.data.sources import Source, read_dataset
-from reclm.errors import UserError
+from reclm.errors import UserError, choose
 
 CACHE_VERSION = 4  # part of the cache key: raise it when `prepare` changes what it writes
 
 
 def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
-    """The folder with the prepared arrays of a source: made now, or found by the key of its inputs."""
+    """The folder with the prepared arrays of a source: made now, or found by the key of its inputs. Raises
+    UserError."""
+    select, _ = choose("task", task, PREPARE)
     places = {"dataset": None, "data_dir": None}  # where the files lie is not what is in them
     settings = (CACHE_VERSION, source.reader, task, replace(cfg, **places))
     key = hashlib.sha256(repr(settings).encode())
@@ -33,7 +35,6 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
     if folder.exists():
         return folder
     raw = read_dataset(source)
-    select, _ = PREPARE[task]
     table, protocol, notes = select(raw.interactions, cfg)
     meta, arrays = build_sequences(table, cfg, task)
     meta |= {"notes": notes + meta["notes"], "protocol": protocol or source.protocol, "task": task}

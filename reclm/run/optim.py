@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from reclm.config import TrainConfig
-from reclm.errors import UserError
+from reclm.errors import choose
 
 
 def adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
@@ -23,8 +23,6 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer
     """Three groups of weights, by their shape and the type of their module. Norm gains belong near 1 and are
     never decayed; rows of rare items would fade between their few updates if embeddings were decayed as
     matrices are. Frozen weights are left out. Raises UserError for an unknown --optimizer."""
-    if cfg.optimizer not in OPTIMIZERS:
-        raise UserError(f"--optimizer={cfg.optimizer} must be one of {', '.join(OPTIMIZERS)}")
     matrices, embeddings, gains = [], [], []
     for module in model.modules():
         rows = embeddings if isinstance(module, nn.Embedding) else matrices
@@ -36,7 +34,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer
         {"params": embeddings, "weight_decay": cfg.embedding_decay},
         {"params": gains, "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[cfg.optimizer](groups, cfg.lr)
+    return choose("optimizer", cfg.optimizer, OPTIMIZERS)(groups, cfg.lr)
 
 
 def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
