@@ -22,6 +22,7 @@ from reclm.config import ModelConfig, build_config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.flags import parse_args
+from reclm.run import report
 
 
 class Baseline(nn.Module):
@@ -41,12 +42,12 @@ class Baseline(nn.Module):
 
 def popularity(dataset: Dataset) -> np.ndarray:
     """(V,) how often each item was trained on."""
-    return np.bincount(dataset.item_ids[training_rows(dataset)], minlength=dataset.num_items + 1)
+    return np.bincount(dataset.item_ids[dataset.in_training], minlength=dataset.num_items + 1)
 
 
 def markov_chain(dataset: Dataset) -> np.ndarray:
     """(V, V): how often column followed row in training; ties by popularity."""
-    train = training_rows(dataset)
+    train = dataset.in_training
     size = dataset.num_items + 1
     if size > 20_000:
         raise UserError(f"{size - 1:,} items: a chain between all pairs of them does not fit into memory")
@@ -59,22 +60,16 @@ def markov_chain(dataset: Dataset) -> np.ndarray:
     return counts + popular / (popular.max() + 1)
 
 
-def training_rows(dataset: Dataset) -> np.ndarray:
-    """(rows,) bool: which interactions are trained on."""
-    place = np.arange(len(dataset.item_ids)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-    return place < np.repeat(dataset.train_lengths, dataset.lengths)
-
-
 def main() -> None:
     try:
         cfg = build_config(parse_args())
         dataset = load_dataset(cfg.data)
-        print(runs.describe_data(dataset, cfg.model))
+        print(report.describe_data(dataset))
         for name, scores in (("popularity", popularity), ("Markov chain", markov_chain)):
             model = Baseline(scores(dataset), cfg.model)
             for split in ("valid", "test"):
                 print(
-                    runs.format_metrics(
+                    report.format_metrics(
                         f"{split.upper()}, {name}", evaluate(model, dataset, split, cfg.eval), cfg
                     )
                 )

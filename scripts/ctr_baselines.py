@@ -1,16 +1,17 @@
-"""Rankers to compare --task=ctr with, in the same harness: a logistic regression, and DIN (arXiv 1706.06978).
+"""Models to compare --task=ctr with, in the same harness: a logistic regression, and DIN (arXiv 1706.06978).
 
     torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=din --dataset=ml-1m
     torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=lr --dataset=ml-1m --lr=0.03
 
 lr    one number for each user, item, field of the profile, word of the content and context, summed
-din   what the user did is weighted by how it fits the candidate, and summed; an MLP of both and the user
+din   the user's actions, weighted by how they fit the candidate and summed; an MLP of that, candidate and user
 
-All flags of main.py count and --task=ctr is implied: the same rows, batches, optimizer, epochs, choice of the
-epoch on validation, checkpoints and metrics. A --config may be that of another model: what it says of blocks
-and times is passed over, as there are no blocks here, and of times nothing is known but the order. With
---window=W DIN looks at no more than the last W actions, which costs less. The regression takes a higher --lr
-than the default: its numbers start at 0, and a user's is seen in one step an epoch.
+--task=ctr is implied and the flags of main.py for data and training count: the same rows, batches, optimizer,
+epochs, choice of the epoch on validation and metrics. A --config may be that of another model: its settings of
+blocks and times are passed over, as there are no blocks here, and of times only the order is known; the same
+settings as flags are refused. With --window=W DIN looks at the last W actions alone, which costs less. The
+regression needs a higher --lr than the default: its numbers start at 0, and a user's is seen in one step per
+epoch.
 """
 
 import argparse
@@ -29,26 +30,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import main as program
-from reclm.config import LossConfig, ModelConfig
+from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Vocabulary
-from reclm.errors import UserError
+from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.nn.heads import ctr_loss
 from reclm.nn.inputs import PADDING
 from reclm.nn.layers import Dropout
+from reclm.run import dist, folder
 
-OF_BLOCKS = (
-    "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "attention_norm", "gated_residuals", "norm_eps",
-    "position_embedding", "time_tokens", "user_embedding", "id_dropout", "dtype", "compile",
-)  # fmt: skip
+OF_BLOCKS = set(
+    "model_name n_layers n_heads n_kv_heads hidden_dim gated_residuals position_embedding time_tokens "
+    "user_embedding id_dropout dtype compile".split()
+)
+NOT_HERE = {"eval_only", "ckpt_name", "resume", "init_from"}  # of main.py alone
 ATTENTION_WIDTH, WIDTHS = 36, (200, 80)  # of DIN's hidden layers, its figure 2
 PAIRS = 2**17  # (candidate, action) looked at at once: 18 MiB of the attention's hidden layer
 
 
 class Baseline(nn.Module):
     """Vectors (D) of users and of what is shown to them; all start at 0."""
-
-    layers = ()  # nothing to compile
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary, width: int):
         super().__init__()
@@ -59,8 +60,8 @@ class Baseline(nn.Module):
             nn.Embedding(size, width, PADDING) for size in vocabulary.profile_sizes
         )
         self.context_embedding = None
-        if vocabulary.num_contexts:
-            self.context_embedding = nn.Embedding(vocabulary.num_contexts + 1, width, PADDING)
+        if "contexts" in vocabulary.code_sizes:
+            self.context_embedding = nn.Embedding(vocabulary.code_sizes["contexts"] + 1, width, PADDING)
         self.content_embeddings = nn.ModuleList()
         for i, array in enumerate(vocabulary.features.values()):
             rows = torch.from_numpy(np.pad(array, ((1, 0), (0, 0))))  # (V, K or F): row 0 is padding
@@ -93,9 +94,9 @@ class Baseline(nn.Module):
         return x
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """As of SequenceRecommender: with "targets" the SUM of the loss over them, without logits (B, C)."""
+        """As of SequenceRecommender: with "labels" the SUM of the loss over them, without logits (B, C)."""
         logits = self.logits(batch)
-        return ctr_loss(logits, batch["targets"]) if "targets" in batch else logits
+        return ctr_loss(logits, batch["labels"]) if "labels" in batch else logits
 
 
 class LogisticRegression(Baseline):
@@ -122,8 +123,8 @@ class DIN(Baseline):
         with torch.no_grad():
             self.item_embedding.weight[PADDING] = 0.0
         self.action_embedding = None
-        if vocabulary.num_actions:
-            self.action_embedding = nn.Embedding(vocabulary.num_actions + 1, cfg.dim, padding_idx=PADDING)
+        if "actions" in vocabulary.code_sizes:
+            self.action_embedding = nn.Embedding(vocabulary.code_sizes["actions"] + 1, cfg.dim, PADDING)
             nn.init.zeros_(self.action_embedding.weight)
         self.attention_hidden = nn.Linear(3 * cfg.dim, ATTENTION_WIDTH)
         self.attention_weight = nn.Linear(ATTENTION_WIDTH, 1)
@@ -178,21 +179,35 @@ class DIN(Baseline):
 
 
 BASELINES = {"lr": LogisticRegression, "din": DIN}
-program.MODELS |= BASELINES
 
 
-def parse() -> dict:
-    """What `reclm.config.parse_args` gives, with the baseline as the name of the model."""
+def read_args() -> tuple[str, Config]:
+    """The name of the baseline, and the settings. Raises UserError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--baseline", help=" or ".join(BASELINES))
+    parser.add_argument("--config", action="append", default=[])
     args, flags = parser.parse_known_args()
-    if args.baseline not in BASELINES:
-        raise UserError(f"--baseline={args.baseline} must be one of {', '.join(BASELINES)}")
-    said = {name: value for name, value in parse_args(flags).items() if name not in OF_BLOCKS}
-    return said | {"task": "ctr", "model_name": args.baseline}
+    choose("baseline", args.baseline, BASELINES)
+    ours, files = parse_args(flags), parse_args([f"--config={path}" for path in args.config])
+    if useless := ours.keys() & (OF_BLOCKS | NOT_HERE):
+        raise UserError(f"--{min(useless)} has no effect on --baseline={args.baseline}: leave it out")
+    files = {name: value for name, value in files.items() if name not in OF_BLOCKS | NOT_HERE}
+    return args.baseline, build_config(files | ours | {"task": "ctr"})
+
+
+def main() -> None:
+    with dist.distributed():
+        name, cfg = read_args()
+        dataset = program.open_dataset(cfg)
+        torch.manual_seed(cfg.train.seed)
+        cfg.model.model_name = name  # in result.json, and in the name of the folder
+        model = BASELINES[name](cfg.model, cfg.loss, dataset.vocabulary)
+        run = program.Run(cfg, dataset, model.to(dist.pick_device(cfg.run.device)))
+        run.open(dist.on_main(lambda: folder.claim_dir(cfg, dataset.name, None)))
+        program.fit(run)
 
 
 if __name__ == "__main__":
-    program.main(parse)
+    main()

@@ -1,4 +1,4 @@
-"""Text features of items: "title. genre, genre" through a sentence model, one row an item -> a .npy file.
+"""Text features of items: "title. genre, genre" through a sentence model, one row per item -> a .npy file.
 
     pip install -r requirements-features.txt
     python scripts/embed_titles.py --dataset=ml-1m --out=titles.npy
@@ -18,21 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from data import load_dataset
-from reclm.config import DataConfig, build_config
-from reclm.data.sources import find_dataset, read_dataset
+from reclm.config import build_config
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.flags import parse_args
 
 
-def texts_of(cfg: DataConfig) -> list[str]:
+def texts_of(dataset: Dataset) -> list[str]:
     """A text for each item, in the order of the item table; "" where nothing is known. Raises UserError."""
-    dataset = load_dataset(cfg)
-    table = read_dataset(find_dataset(cfg.dataset, cfg.folder)).items
-    if table is None or "title" not in table:
+    if not len(dataset.titles):
         raise UserError(f"{dataset.name} has no titles of its items: there is nothing to embed")
-    rows = table.drop_duplicates("item").set_index("item").reindex(dataset.items).fillna("")
-    genres = rows["genres"].str.replace("|", ", ") if "genres" in rows else ""
-    return list((rows["title"] + ". " + genres).where(rows["title"] != "", ""))
+    genres = dataset.genre_names if len(dataset.genre_names) else [""] * dataset.num_items
+    texts = zip(dataset.titles, genres, strict=True)
+    return [f"{title}. {names.replace('|', ', ')}" if title else "" for title, names in texts]
 
 
 def load_model(name: str | None):
@@ -57,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", help="a name or a folder for sentence-transformers")
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     args, others = parser.parse_known_args()
-    texts = texts_of(build_config(parse_args(others)).data)
+    texts = texts_of(load_dataset(build_config(parse_args(others)).data))
     vectors = load_model(args.model).encode(texts, show_progress_bar=True)  # (items, F)
     vectors[[i for i, text in enumerate(texts) if not text]] = 0
     np.save(args.out, vectors.astype(np.float32))

@@ -33,11 +33,12 @@ def main(folders: list[str]) -> None:
     if len(protocols) > 1:
         raise SystemExit(f"error: these runs follow different protocols: {', '.join(sorted(protocols))}")
     first = results[0]
+    processes = first.get("num_processes", first.get("world_size"))  # its name in older results
     names = [name for name in (*METRICS, *SOME) if name in first["test"]]  # by the first an epoch is chosen
     seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}" * ("HR@10" in names)
     print(f"protocol  {first['protocol']}{seen}")
     print(f"commit    {', '.join(sorted({result['commit'] for result in results}))}")
-    print(f"date      {first['date'][:10]}, {first['num_processes']} rank(s), {first['machine']}")
+    print(f"date      {first['date'][:10]}, {processes} process(es), {first['machine']}")
     print(f"seeds     {', '.join(str(result['seed']) for result in results)}")
     print(f"minutes   {', '.join(format(result['seconds'] / 60, '.1f') for result in results)}")
     print(f"epoch     {', '.join(str(result['best_epoch']) for result in results)} (best on validation)")

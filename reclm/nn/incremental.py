@@ -89,18 +89,14 @@ def extend(model, history: History, action: dict[str, Tensor]) -> Tensor:
     if queries is None:
         queries = torch.arange(2, device=history.lengths.device).expand(len(history.lengths), -1)
     first, last = queries[:, :1] + 1, queries[:, 1:]  # of each row's new tokens, the last one inclusive
-    index = first + torch.arange(int((last - first).max()) + 1, device=first.device)  # (B, n)
-    new = index <= last
-    index = index.minimum(last)
-    row = {
-        name: x.gather(1, index)
-        for name, x in row.items()
-        if x.dim() == 2 and x.shape == row["token_ids"].shape
-    }
-    positions = history.lengths[:, None] + index - first  # (B, n)
-    positions = torch.where(new, positions, history.lengths[:, None] + torch.arange(index.shape[1]).to(index))
+    place = torch.arange(int((last - first).max()) + 1, device=first.device)  # (n,)
+    index = (first + place).minimum(last)  # (B, n)
+    shape = row["token_ids"].shape
+    row = {name: x.gather(1, index) for name, x in row.items() if x.shape == shape}
+    # Rows may get fewer than n tokens: what is written behind them is overwritten before any query sees it.
+    positions = history.lengths[:, None] + place  # (B, n)
     slots = positions % history.positions.shape[1]
-    history.positions.scatter_(1, slots, positions.masked_fill(~new, EMPTY))
+    history.positions.scatter_(1, slots, positions)
     if history.times is not None:
         history.times.scatter_(1, slots, row["timestamps"])
     query_times = row.get("next_timestamps") if cfg.request_time else row.get("timestamps")
