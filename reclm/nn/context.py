@@ -51,7 +51,7 @@ class Context:
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, n, D) -> the tokens whose output is wanted, (B, Q, D)"""
-        return x if self.last is None else x[torch.arange(len(x), device=x.device), self.last][:, None]
+        return x if self.last is None else x.gather(1, self.last[:, None, None].expand(-1, 1, x.shape[2]))
 
     @property
     def query_rotary(self) -> Tensor:
