@@ -89,13 +89,10 @@ def known_before(table, history):
 
 def as_process(monkeypatch, index, count):
     """Make the program believe that this process is number `index` of `count`, with its share of the data."""
-    for name, value in (
-        ("rank", index),
-        ("data_rank", index),
-        ("num_processes", count),
-        ("data_world", count),
-    ):
-        monkeypatch.setattr(dist, name, lambda value=value: value)
+    for name in ("rank", "data_rank"):
+        monkeypatch.setattr(dist, name, lambda: index)
+    for name in ("num_processes", "data_world"):
+        monkeypatch.setattr(dist, name, lambda: count)
 
 
 @pytest.fixture(scope="session")

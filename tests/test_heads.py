@@ -118,9 +118,8 @@ def test_forecasts_by_hand():
         times = dataset.timestamps[dataset.offsets[user] : dataset.offsets[user + 1]]
         u = (user + 1) * (math.sqrt(5) - 1) / 2 % 1
         z = math.log(1 + times[-1] - times[-2] + u)
-        assert errors["time_NLL"][row].item() == pytest.approx(
-            head(hidden[row : row + 1], torch.tensor([z])).item(), rel=1e-3
-        )
+        nll = head(hidden[row : row + 1], torch.tensor([z])).item()
+        assert errors["time_NLL"][row].item() == pytest.approx(nll, rel=1e-3)
         known = np.log(1.5 + np.diff(times[:-1]))
         for name, forecast in (("last_gap", known[-1]), ("user_mean", known.mean())):
             assert errors[f"time_MAE_{name}"][row].item() == pytest.approx(abs(z - forecast), abs=1e-4)
