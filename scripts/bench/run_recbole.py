@@ -1,4 +1,4 @@
-"""One measurement of RecBole's SASRec; started by scripts/bench.py in RecBole's own environment."""
+"""One measurement of RecBole's SASRec; started by scripts/bench/peers.py in RecBole's own environment."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench.py in RecTools' own environment."""
+"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench/peers.py in its own environment."""
 
 import json
 import math

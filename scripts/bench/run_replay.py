@@ -1,4 +1,4 @@
-"""One measurement of RePlay's SASRec; started by scripts/bench.py in RePlay's own environment.
+"""One measurement of RePlay's SASRec; started by scripts/bench/peers.py in RePlay's own environment.
 
 The current API (replay.nn) throughout. Its fast options that help on a CPU are on, all of them about padding:
 rows of like length go through the blocks together in training, and columns of nothing but padding are cut.
