@@ -1,5 +1,6 @@
 """scripts/bench: what its programs count, by hand; one real run of each kind, and ctr.py apart."""
 
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ sys.path.insert(0, str(MAIN.parent / "scripts" / "bench"))
 
 import costs
 import measure
+import pair
 import peers
 import run_ours
 
@@ -170,6 +172,8 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
         (peers, ["--peers=", "--dataset=none.csv"], "none.csv"),
         (costs, [], "costs.json exists and is not overwritten"),
         (costs, ["--out=new.json", "--plot=held.json"], "held.json exists and is not overwritten"),
+        (pair, ["--before=nowhere"], "--before=nowhere has no main.py"),
+        (pair, [f"--before={MAIN.parent}", "--rounds=0"], "--rounds, --processes and --users are at least 1"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, program, flags, words):
@@ -248,3 +252,59 @@ def test_costs_go_into_a_file_and_a_picture(tmp_path, monkeypatch):
     assert found["growth"] == {"D": {"32": 1.0, "64": 3.0}} and found["phases"]["tokens_per_s"] > 0
     assert "| 400 | 2 |" in shown and "| matrix products | 0.75 |" in shown
     assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- pair.py
+
+
+def test_made_up_catalogues_are_whole_and_cheap(tmp_path):
+    pair.write_made_up(tmp_path / "data.csv", items=3_000, users=8)
+    dataset = load_dataset(DataConfig(dataset=str(tmp_path / "data.csv")))
+    assert dataset.num_items == 3_000
+    trained = dataset.lengths[dataset.train_lengths >= 2]
+    assert len(trained) == len(dataset.ranked_users) == 8 and 20 <= trained.min() <= trained.max() <= 200
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [([9.0], 9.0), ([9.0, 1.0, 2.0], 1.5)])
+def test_the_first_of_several_epochs_does_not_count(tmp_path, monkeypatch, epochs, expected):
+    def main_py(command, cwd, **env):
+        assert command[-2] == "--lr=1" and (cwd, env["OMP_NUM_THREADS"]) == (tmp_path, "1")
+        rows = [{"train_seconds": seconds, "eval_seconds": 2 * seconds} for seconds in epochs]
+        folder = Path(command[-1].removeprefix("--out_dir="))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 0.5
+
+    monkeypatch.setattr(pair, "peak_of", main_py)
+    found = pair.train(tmp_path, ["--lr=1"], 2, tmp_path / "cache")
+    assert found == {"training, s": expected, "evaluation, s": 2 * expected, "memory, GiB": 0.5}
+
+
+def test_checkouts_take_turns(tmp_path, monkeypatch):
+    calls = []
+
+    def train(checkout, flags, processes, cache):
+        calls.append((checkout, flags, cache.name))
+        return {"training, s": 6.0 if cache.name == "after" else len(calls)}
+
+    monkeypatch.setattr(pair, "train", train)
+    (tmp_path / "main.py").touch()
+    here("--before=.", "--rounds=3", "--lr=1", cwd=tmp_path, program=pair.main).ok()
+    both = [(MAIN.parent, ["--lr=1"], "after"), (tmp_path, ["--lr=1"], "before")]
+    assert calls == 3 * both
+    results = read_json(tmp_path / "pair.json")["results"]
+    assert results["before"]["training, s"] == {"median": 4, "min": 2, "max": 6}
+    assert results["after / before"]["training, s"] == 1.5
+
+
+def test_a_checkout_against_itself(tmp_path):
+    """The script as its user starts it, with runs of main.py."""
+    flags = ["--rounds=1", "--processes=1", "--items=60", "--users=6", "--num_epochs=1", "--dim=8"]
+    command = [sys.executable, pair.__file__, f"--before={MAIN.parent}", *flags, "--device=cpu"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = read_json(tmp_path / "pair.json")
+    assert found["flags"] == ["--num_epochs=1", "--dim=8", "--device=cpu"] and found["items"] == 60
+    assert found["before"].removesuffix("-dirty") == found["commit"].removesuffix("-dirty")
+    assert all(row["training, s"] > 0 for rows in found["rounds"].values() for row in rows)
+    assert 0.5 < found["results"]["after / before"]["memory, GiB"] < 2
+    assert "| after / before | " in ran.stdout
