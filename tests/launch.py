@@ -125,19 +125,19 @@ class Running:
                 raise AssertionError(f"ended or hung too early\n{self.finish().text}")
             time.sleep(0.005)
 
-    def ranks(self) -> dict[int, int]:
-        """{rank: process id} of the running main.py's."""
+    def processes(self) -> dict[int, int]:
+        """{number of the process: its id in the system} of the running main.py's."""
         found = {}
         for pid in descendants(self.process.pid):
             with suppress(OSError):  # gone in the meantime
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                rank = re.search(rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
-                if rank and str(MAIN).encode() in command:
-                    found[int(rank[1])] = pid
+                number = re.search(rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+                if number and str(MAIN).encode() in command:
+                    found[int(number[1])] = pid
         return found
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once. Each rank is a process group of its own, made by torchrun."""
+        """SIGKILL to all of it at once. Each process that torchrun starts is a process group of its own."""
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
