@@ -21,7 +21,7 @@ init, left = torch.distributed.init_process_group, 0
 for number in range(100):
     # Met in a file: a hundred free ports would be a hundred chances that another process takes one.
     store = torch.distributed.FileStore(f"{sys.argv[1]}/{number}", 2)
-    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), num_processes=2)
+    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), world_size=2)
     try:
         with dist.distributed():
             group = weakref.ref(torch.distributed.group.WORLD)
