@@ -68,11 +68,13 @@ def impressions_table(seed=0, size=300, **columns):
 
 
 def make_impressions(table, **settings):
-    """A Dataset of a table of impressions."""
+    """A Dataset of a table of impressions, with its contexts as an input."""
     cfg = DataConfig(**settings)
     table, protocol, notes = label_impressions(table, cfg)
     meta, arrays = build_sequences(table, cfg, "ctr")
-    return Dataset(name="made", protocol=protocol, **meta | {"notes": notes + meta["notes"]}, **arrays)
+    codes = {"contexts": arrays["contexts"]} if "contexts" in arrays else {}
+    meta |= {"notes": notes + meta["notes"], "task": "ctr", "codes": codes}
+    return Dataset(name="made", protocol=protocol, **meta, **arrays)
 
 
 def known_before(table, history):
@@ -85,10 +87,12 @@ def known_before(table, history):
         yield [other for when, other in sorted(before) if (when, other) < (time, place)]
 
 
-def as_rank(monkeypatch, rank, world):
-    """Make the program believe that this process is `rank` of `world`."""
-    monkeypatch.setattr(dist, "rank", lambda: rank)
-    monkeypatch.setattr(dist, "num_processes", lambda: world)
+def as_process(monkeypatch, index, count):
+    """Make the program believe that this process is number `index` of `count`, with its share of the data."""
+    for name in ("rank", "data_rank"):
+        monkeypatch.setattr(dist, name, lambda: index)
+    for name in ("num_processes", "data_world"):
+        monkeypatch.setattr(dist, name, lambda: count)
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,15 @@ class Result:
         return self
 
 
-def torchrun(nproc: int, *flags: str, cwd: Path, env: dict | None = None, timeout: float = TIMEOUT) -> Result:
-    return Running(nproc, *flags, cwd=cwd, env=env).finish(timeout)
+def torchrun(
+    nproc: int,
+    *flags: str,
+    cwd: Path,
+    env: dict | None = None,
+    timeout: float = TIMEOUT,
+    program: Path = MAIN,
+) -> Result:
+    return Running(nproc, *flags, cwd=cwd, env=env, program=program).finish(timeout)
 
 
 def python(*flags: str, cwd: Path, env: dict | None = None, timeout: float = TIMEOUT) -> Result:
@@ -90,9 +97,9 @@ def environment(extra: dict | None = None) -> dict:
 class Running:
     """A launch under way; `nproc` 0 is a plain `python main.py`."""
 
-    def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None):
+    def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None, program: Path = MAIN):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        command = [sys.executable, *(launcher if nproc else []), str(MAIN), *flags]
+        command = [sys.executable, *(launcher if nproc else []), str(program), *flags]
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.begin = time.time()
         self.process = subprocess.Popen(
@@ -161,6 +168,16 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def in_small_batches(folder: Path) -> Path:
+    """A main.py that evaluates 7 users at once: on so small data two processes would have nothing to share."""
+    path = folder / "in_small_batches.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(MAIN.parent)!r})\n"
+        "import evaluate, main\nevaluate.USERS_AT_ONCE = 7\nmain.main()\n"
+    )
+    return path
 
 
 # ---------------------------------------------------------------- data and what runs leave

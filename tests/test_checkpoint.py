@@ -171,6 +171,7 @@ def test_a_model_is_built_from_the_file_alone(work, kind):
     cfg = build_config(state["config"])
     model = SequenceRecommender(cfg.model, cfg.loss, read_vocabulary(state))
     model.load_state_dict(state["model"])
+    assert torch.equal(model.cold_items, trained.cold_items) and len(model.cold_items) == 5 * ("cold" in kind)
     with torch.inference_mode():
         for batch in batches:
             ours, theirs = model.eval()(batch), trained.eval()(batch)
