@@ -55,18 +55,30 @@ class Attention(nn.Module):
         q = self.heads(self.wq(ctx.queries(x)))  # (B, H, Q, Dh)
         q = rotate(q, ctx.query_rotary)
         k, v = self.keys_values(x, ctx)  # (B, G, n, Dh)
-        if ctx.candidates:  # each also sees itself, behind the history
-            k, v = torch.cat([cache.keys, k], dim=2), torch.cat([cache.values, v], dim=2)
-        elif cache is not None:
-            k, v = cache.add(k, v, ctx.slots)  # (B, G, K, Dh)
-        if self.groups > 1:  # the CPU's fused kernel wants as many key as query heads
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, K, Dh)
-        # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
-        # has none. Dropout acts on the embedding and on both residual branches instead.
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None
-        )  # (B, H, Q, Dh)
+        if ctx.candidates:
+            out = self.attend_to_history(q, k, v, cache, ctx)
+        else:
+            k, v = (k, v) if cache is None else cache.add(k, v, ctx.slots)
+            # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
+            # has none. Dropout acts on the embedding and on both residual branches instead.
+            out = F.scaled_dot_product_attention(
+                q, self.repeat(k), self.repeat(v), attn_mask=ctx.mask, is_causal=ctx.mask is None
+            )  # (B, H, Q, Dh)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, Q, D)
+
+    def attend_to_history(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, ctx: Context) -> Tensor:
+        """Candidates q (B, H, C, Dh), each with its history and its own k, v (B, G, C, Dh) -> (B, H, C, Dh).
+        The fused kernel would compare each candidate with all C of them to keep one."""
+        q = q * self.head_dim**-0.5
+        scores = q @ self.repeat(cache.keys).transpose(-1, -2)  # (B, H, C, K)
+        scores = scores.masked_fill_(~ctx.mask, -torch.inf)
+        own = (q * self.repeat(k)).sum(-1, keepdim=True)  # (B, H, C, 1)
+        weights = torch.cat([scores, own], dim=-1).softmax(-1)
+        return weights[..., :-1] @ self.repeat(cache.values) + weights[..., -1:] * self.repeat(v)
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """(B, G, n, Dh) -> (B, H, n, Dh): the CPU's fused kernel wants as many key as query heads."""
+        return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
 
     def keys_values(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """(B, n, D) -> (B, G, n, Dh) each"""

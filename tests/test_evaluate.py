@@ -1,11 +1,11 @@
-"""Ranking against brute force, over 1 to 3 ranks, and of models with a known answer."""
+"""Ranking against brute force, over 1 to 3 processes, and of models with a known answer."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_ITEMS, as_rank, make_dataset
+from conftest import NUM_ITEMS, as_process, make_dataset
 
 import evaluate as evaluation
 import main
@@ -36,9 +36,10 @@ def histories(dataset, split):
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("filter_seen", [True, False])
 @pytest.mark.parametrize("user_embedding", ["none", "explicit"])
-def test_ranks_by_brute_force(tiny_dataset, split, filter_seen, user_embedding):
+def test_ranks_by_brute_force(tiny_dataset, split, filter_seen, user_embedding, monkeypatch):
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
     model = build(tiny_dataset, user_embedding=user_embedding)
-    cfg = EvalConfig(filter_seen=filter_seen, eval_batch_size=7)
+    cfg = EvalConfig(filter_seen=filter_seen)
     users, ranks = rank_users(model, tiny_dataset, split, cfg)
     expected = {}
     for user, history, target in histories(tiny_dataset, split):
@@ -73,9 +74,10 @@ def test_seen_filter_matters_and_a_repeated_target_stays_a_candidate():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
-def test_ranks_are_bit_equal_on_any_number_of_ranks(tiny_dataset, monkeypatch, batch_size):
+def test_ranks_are_bit_equal_on_any_number_of_processes(tiny_dataset, monkeypatch, batch_size):
     """Scores too: they decide ties."""
     model, seen = build(tiny_dataset), {}
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", batch_size)
 
     def record(scores, target_ids):
         seen["scores"].append(scores.clone())
@@ -87,9 +89,9 @@ def test_ranks_are_bit_equal_on_any_number_of_ranks(tiny_dataset, monkeypatch, b
     for world in (1, 2, 3):
         found = {}
         for rank in range(world):
-            as_rank(monkeypatch, rank, world)
+            as_process(monkeypatch, rank, world)
             seen["scores"] = [torch.zeros(0, NUM_ITEMS + 1)]
-            users, ranks = rank_users(model, tiny_dataset, "valid", EvalConfig(eval_batch_size=batch_size))
+            users, ranks = rank_users(model, tiny_dataset, "valid", EvalConfig())
             scores = torch.cat(seen["scores"])
             for user, value, row in zip(users.tolist(), ranks.tolist(), scores.tolist(), strict=True):
                 assert user not in found
@@ -107,6 +109,10 @@ def test_scores_held_at_once_are_limited(tiny_dataset, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_SCORES", 4 * (NUM_ITEMS + 1))
     assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(expected)
     assert set(sizes) == {4}
+    monkeypatch.setattr(evaluation, "MAX_TOKENS", 3 * 10)  # histories of at most 10 actions
+    sizes.clear()
+    assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(expected)
+    assert set(sizes) == {3}
     monkeypatch.setattr(evaluation, "MAX_SCORES", 1)
     assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(expected)
 
@@ -153,17 +159,17 @@ def test_broken_weights_name_the_user(tiny_dataset, value):
     with torch.no_grad():
         model.user_embedding.weight[7] = value
     with pytest.raises(UserError, match=r"non-finite scores to 1 user.*first of them 7:"):
-        evaluate(model, tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+        evaluate(model, tiny_dataset, "test", EvalConfig())
     with torch.no_grad():
         model.norm.weight.fill_(value)
     with pytest.raises(UserError, match="60 user"):
-        evaluate(model, tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+        evaluate(model, tiny_dataset, "test", EvalConfig())
 
 
 def test_lost_users_are_noticed(tiny_dataset, monkeypatch):
-    as_rank(monkeypatch, 1, 2)  # without a process group the other rank's users are missing
+    as_process(monkeypatch, 1, 2)  # without a process group the other rank's users are missing
     with pytest.raises(AssertionError, match="of 60"):
-        evaluate(build(tiny_dataset), tiny_dataset, "test", EvalConfig(eval_batch_size=7))
+        evaluate(build(tiny_dataset), tiny_dataset, "test", EvalConfig())
 
 
 @pytest.mark.parametrize("loss", ["softmax", "bce"])
@@ -173,7 +179,7 @@ def test_learns_the_next_item(tiny_dataset, loss):
     model.loss.num_negatives = 20
     batches = TrainBatches(tiny_dataset, 10, model.loss, cfg)
     optimizer = build_optimizer(model, cfg)
-    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer)
+    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer, device="cpu")
     before = evaluate(model, tiny_dataset, "test", EvalConfig(filter_seen=False))["NDCG@10"]
     model.train()
     num_epochs = 30

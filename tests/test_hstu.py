@@ -8,10 +8,10 @@ import torch
 from launch import python, read_json, write_csv
 from test_model import array, build, random_batch
 
-from model import Context
 from reclm.config import ModelConfig
 from reclm.nn import hstu
-from reclm.nn.layers import NUM_BUCKETS
+from reclm.nn.context import Context
+from reclm.nn.layers import TIME_BUCKETS
 
 
 def silu(x):
@@ -24,23 +24,22 @@ def ref_layer_norm(x, norm):
     return scaled * array(norm.weight) + array(norm.bias)
 
 
-def ref_block(block, x, times=None, query_times=None):
+def ref_block(block, x, window=0, times=None, query_times=None):
     """x (T, D) of one sequence -> (T, D): arXiv 2402.17152, eq. 1 to 3."""
-    cfg, bias = block.cfg, block.relative_bias
-    width = cfg.dim // cfg.n_heads
+    bias, width = block.relative_bias, block.head_dim
     normed = ref_layer_norm(x, block.attention_norm)
     u, v, q, k = (silu(normed @ array(w.weight).T) for w in (block.wu, block.wv, block.wq, block.wk))
     out = np.zeros_like(x)
     for t in range(len(x)):
-        seen = [s for s in range(t + 1) if not cfg.window or s > t - cfg.window]
-        n = len(seen) if cfg.attention_norm == "length" else cfg.max_len
-        for head in range(cfg.n_heads):
+        seen = [s for s in range(t + 1) if not window or s > t - window]
+        n = len(seen)
+        for head in range(x.shape[1] // width):
             part = slice(head * width, (head + 1) * width)
             for s in seen:
                 rab = array(bias.position)[t - s]
                 if times is not None:
                     seconds = query_times[t] - times[s]
-                    rab += array(bias.time)[min(NUM_BUCKETS - 1, int(math.log(1 + seconds) / 0.3))]
+                    rab += array(bias.time)[min(TIME_BUCKETS[0] - 1, int(math.log(1 + seconds) / 0.3))]
                 out[t, part] += silu(q[t, part] @ k[s, part] + rab) * v[s, part] / n
     return x + (ref_layer_norm(out, block.output_norm) * u) @ array(block.wo.weight).T
 
@@ -62,18 +61,22 @@ def sequences(rows=3, length=11, seed=0):
     return x, torch.from_numpy(1e9 + gaps.cumsum(1))
 
 
+def whole_rows(length, times=None, query_times=None, window=0):
+    positions = torch.arange(length)[None]
+    return Context(positions, positions, None, window, times, query_times)
+
+
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("attention_norm", ["length", "max_len"])
 @pytest.mark.parametrize("time", ["none", "own", "request"])
-def test_block_is_the_papers(window, attention_norm, time):
-    block, (x, times) = random_block(window=window, attention_norm=attention_norm), sequences()
+def test_block_is_the_papers(window, time):
+    block, (x, times) = random_block(), sequences()
     known, asked = times[:, :-1], times[:, 1:] if time == "request" else times[:, :-1]
     if time == "none":
         known = asked = None
-    got = block(x, Context(None, None, None, None, known, asked))
+    got = block(x, whole_rows(x.shape[1], known, asked, window))
     for row in range(len(x)):
         clock = () if known is None else (array(known[row]), array(asked[row]))
-        expected = ref_block(block, array(x[row]), *clock)
+        expected = ref_block(block, array(x[row]), window, *clock)
         np.testing.assert_allclose(array(got[row]), expected, atol=1e-9)
 
 
@@ -86,7 +89,7 @@ def test_parts_are_the_whole(monkeypatch):
         for name, value in (("ROWS", rows), ("SCORES", scores), ("KEPT_SCORES", kept)):
             monkeypatch.setattr(hstu, name, value)
         block, inputs = random_block(), x.clone().requires_grad_()
-        out = block(inputs, Context(None, None, None, None, times[:, :-1], times[:, :-1]))
+        out = block(inputs, whole_rows(135, times[:, :-1], times[:, :-1]))
         (out**2).sum().backward()
         found.append([out, inputs.grad, *(weight.grad for weight in block.parameters())])
     for part in found[:-1]:
@@ -96,7 +99,7 @@ def test_parts_are_the_whole(monkeypatch):
 
 def test_gradients():
     block, (x, times) = random_block(), sequences(rows=2, length=5)
-    ctx = Context(None, None, None, None, times[:, :-1], times[:, :-1])
+    ctx = whole_rows(5, times[:, :-1], times[:, :-1])
     names = [name for name, _ in block.named_parameters()]
 
     def run(x, *weights):
@@ -116,7 +119,7 @@ def test_too_many_scores_are_not_kept_for_the_backward_pass(monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(x, Context(None, None, None, None, times[:, :-1], times[:, :-1]))
+        block(x, whole_rows(140, times[:, :-1], times[:, :-1]))
     assert max(sizes) < 140 * 140
 
 

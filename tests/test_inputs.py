@@ -17,11 +17,10 @@ from model import SequenceRecommender
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.data.dataset import Vocabulary
 from reclm.data.features import choose_inputs
-from reclm.nn.inputs import HOURS, ITEM, PADDING, PROFILE, TIME, Inputs, calendar
-from reclm.nn.layers import NUM_BUCKETS
+from reclm.nn.inputs import GAPS, HOURS, Inputs, calendar
 
 ITEMS, FIELDS = 40, (3, 2, 5)
-VOCABULARY = Vocabulary(ITEMS, 9, FIELDS, num_actions=5)
+VOCABULARY = Vocabulary(ITEMS, 9, FIELDS, {"actions": 5})
 FIRST_TIME = ITEMS + 1 + sum(FIELDS)
 
 
@@ -40,28 +39,29 @@ def full_batch():
 
 
 def row_by_hand(batch, b, profile, time, request_time):
-    """[(token, kind, time, action)] and the position that predicts what follows each action."""
+    """[(token, time, action, actions before it)] and the position that predicts what follows each action."""
     row, queries, length = [], [], int(batch["lengths"][b])
     times, after = batch["timestamps"][b].tolist(), batch["next_timestamps"][b].tolist()
+    before = batch["num_before"][b].item()
 
-    def dates(seconds):
-        weekday = FIRST_TIME + NUM_BUCKETS + HOURS + int(seconds // 86400 + 3) % 7
-        hour = FIRST_TIME + NUM_BUCKETS + int(seconds // 3600) % 24
-        return [(weekday, TIME, seconds, 0), (hour, TIME, seconds, 0)]
+    def dates(seconds, j=0):
+        weekday = FIRST_TIME + GAPS + HOURS + int(seconds // 86400 + 3) % 7
+        hour = FIRST_TIME + GAPS + int(seconds // 3600) % 24
+        return [(weekday, seconds, 0, before + j), (hour, seconds, 0, before + j)]
 
     if profile:
         for field, code in enumerate(batch["profiles"][b].tolist()):
-            row.append((ITEMS + 1 + sum(FIELDS[:field]) + code, PROFILE, times[0], 0))
+            row.append((ITEMS + 1 + sum(FIELDS[:field]) + code, times[0], 0, before))
     if time:
         row += dates(times[0])
     for j in range(length):
-        row.append((batch["item_ids"][b, j].item(), ITEM, times[j], batch["actions"][b, j].item()))
+        row.append((batch["item_ids"][b, j].item(), times[j], batch["actions"][b, j].item(), before + j))
         if not request_time:
             queries.append(len(row) - 1)
         if time and (j < length - 1 or request_time):
             gap = after[j] - times[j]
-            row += dates(after[j]) if gap >= 3600 else []
-            row.append((FIRST_TIME + min(int(math.log1p(gap) / 0.3), 63), TIME, after[j], 0))
+            row += dates(after[j], j + 1) if gap >= 3600 else []
+            row.append((FIRST_TIME + min(int(math.log1p(gap) / 0.3), 63), after[j], 0, before + j + 1))
         if request_time:
             queries.append(len(row) - 1)
     return row, queries
@@ -74,9 +74,9 @@ def test_rows_are_as_described(profile, time, request_time):
     batch = full_batch()
     cfg = ModelConfig(
         max_len=16, profile_tokens=profile, action_embedding=True, time_tokens="tokens" if time else "none",
-        request_time=request_time,
+        request_time=request_time, position_embedding=True,
     )  # fmt: skip
-    vocabulary = VOCABULARY if profile else Vocabulary(ITEMS + sum(FIELDS), 9, (), 5)
+    vocabulary = VOCABULARY if profile else Vocabulary(ITEMS + sum(FIELDS), 9, (), {"actions": 5})
     inputs = Inputs(cfg, vocabulary)
     if not profile:
         del batch["profiles"]
@@ -85,9 +85,9 @@ def test_rows_are_as_described(profile, time, request_time):
     for b in range(len(batch["lengths"])):
         expected, queries = row_by_hand(batch, b, profile, time, request_time)
         longest, size = max(longest, len(expected)), len(expected)
-        got = [row[name][b, :size].tolist() for name in ("token_ids", "kinds", "timestamps", "actions")]
+        got = [row[name][b, :size].tolist() for name in ("token_ids", "timestamps", "actions", "before")]
         assert list(zip(*got, strict=True)) == expected
-        assert not row["token_ids"][b, size:].any() and (row["kinds"][b, size:] == PADDING).all()
+        assert not row["token_ids"][b, size:].any()
         assert positions[b, : len(queries)].tolist() == queries
     assert row["token_ids"].shape[1] == longest <= inputs.max_tokens
 
@@ -107,8 +107,8 @@ def test_calendar():
     assert [part.item() for part in calendar(torch.tensor([monday], dtype=torch.float64))] == [0, 13]
 
 
-def told(**changes):
-    """A model that is told everything."""
+def all_inputs(**changes):
+    """A model with all inputs."""
     torch.manual_seed(0)
     small = {"max_len": 16, "dim": 16, "n_heads": 4, "dropout": 0.0, "profile_tokens": True}
     cfg = ModelConfig(**small | {"action_embedding": True, "time_tokens": "tokens"} | changes)
@@ -126,7 +126,7 @@ REQUEST = pytest.mark.parametrize("request_time", [False, True])
 @BLOCKS
 @REQUEST
 def test_the_last_action_alone_gives_the_same_embedding(name, request_time):
-    model, batch = told(model_name=name, request_time=request_time), full_batch()
+    model, batch = all_inputs(model_name=name, request_time=request_time), full_batch()
     rows = torch.arange(len(batch["lengths"]))
     last = model.encode(batch)[rows, batch["lengths"] - 1]
     torch.testing.assert_close(model.encode(batch, last_only=True)[:, 0], last, atol=1e-5, rtol=1e-5)
@@ -134,8 +134,8 @@ def test_the_last_action_alone_gives_the_same_embedding(name, request_time):
 
 @pytest.mark.parametrize("time_tokens", ["none", "tokens"])
 def test_padding_changes_nothing(time_tokens):
-    """Also where it makes as many columns as there are tokens, as in a rank's part of a batch."""
-    model, batch = told(time_tokens=time_tokens), full_batch()
+    """Also where it makes as many columns as there are tokens, as in a process's part of a batch."""
+    model, batch = all_inputs(time_tokens=time_tokens), full_batch()
     by_column = [name for name, value in batch.items() if value.shape[1:] == (12,)]
     hidden = model.encode(batch)
     for more in range(1, 30):
@@ -147,7 +147,7 @@ def test_padding_changes_nothing(time_tokens):
 @REQUEST
 @pytest.mark.parametrize("name_of_field", ["item_ids", "actions", "timestamps"])
 def test_nothing_of_the_future_is_seen(name, request_time, name_of_field):
-    model, batch, j = told(model_name=name, request_time=request_time), full_batch(), 5
+    model, batch, j = all_inputs(model_name=name, request_time=request_time), full_batch(), 5
     before = model.encode(batch)
     later = {name: value.clone() for name, value in batch.items()}
     if name_of_field == "timestamps":  # action j + 1 comes later; with request_time j may know
@@ -163,8 +163,8 @@ def test_nothing_of_the_future_is_seen(name, request_time, name_of_field):
 
 
 @pytest.mark.parametrize("field", ["profiles", "actions", "timestamps"])
-def test_what_is_told_is_used(field):
-    model, batch = told(), full_batch()
+def test_every_input_is_used(field):
+    model, batch = all_inputs(), full_batch()
     changed = batch | {field: batch[field].clone()}
     if field == "timestamps":
         changed["next_timestamps"] = batch["next_timestamps"] + torch.arange(12) * 9000
@@ -175,9 +175,9 @@ def test_what_is_told_is_used(field):
 
 
 def test_only_items_are_candidates():
-    model = told()
+    model = all_inputs()
     assert model(full_batch()).shape[1] == ITEMS + 1
-    assert model.inputs.token_embedding.weight.shape[0] == sum(FIELDS) + NUM_BUCKETS + HOURS + 7
+    assert model.inputs.token_embedding.weight.shape[0] == sum(FIELDS) + GAPS + HOURS + 7
 
 
 # ---------------------------------------------------------------- on data
@@ -238,7 +238,7 @@ def test_fields_of_a_batch(rated):
     assert "profiles" not in plain and "actions" not in plain
 
 
-def test_the_fingerprint_covers_what_the_model_is_told(rated):
+def test_the_fingerprint_covers_the_inputs_of_the_model(rated):
     same, other = chosen(rated), chosen(rated, negative_below=3.0)
     assert same.fingerprint == other.fingerprint == load_dataset(DataConfig(dataset=rated)).fingerprint
     prints = {chosen(rated, **{name: True}).fingerprint for name in ("profile_tokens", "action_embedding")}
@@ -288,15 +288,15 @@ def work(tmp_path):
     return tmp_path
 
 
-def test_a_run_with_everything_on_is_the_same_on_any_number_of_ranks(work):
+def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work):
     torchrun(2, "--dataset=tiny.csv", *TINY, *ALL, "--num_epochs=3", "--out_dir=a", cwd=work).ok()
     trained = read_json(work / "a" / "result.json")
     for launch in (here, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
-        shown = launch("--eval_only=true", "--out_dir=a", "--eval_batch_size=7", cwd=work).ok()
+        shown = launch("--eval_only=true", "--out_dir=a", cwd=work).ok()
         evaluated = read_json(work / "a" / "eval-best.json")["test"]
         for name, value in trained["test"].items():  # times: means of float32, in another order
             assert evaluated[name] == pytest.approx(value, abs=1e-5 if "time" in name else 1e-12), name
-    for words in ("negative feedback: HR@10", "user's mean", "are negative feedback: seen"):
+    for words in ("negative feedback: HR@10", "user's mean", "are negative feedback: never"):
         assert words in shown.stdout
 
 

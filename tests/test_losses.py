@@ -4,8 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from reclm.nn.losses import LOSSES, bce, gbce, sampled_softmax, softmax
+from model import SequenceRecommender
+from reclm.config import LossConfig, ModelConfig
+from reclm.data.dataset import Vocabulary
+from reclm.nn.losses import LOSSES, Excluded, bce, exclude_negatives, gbce, sampled_softmax, softmax
 
 V, D, M, N = 12, 5, 7, 6  # items are 1 .. 11
 NAMES = ["bce", "gbce", "sampled_softmax"]
@@ -98,25 +103,43 @@ def test_softmax_is_the_naive_loop_and_never_counts_row_0():
 
 @pytest.mark.parametrize("rows", [None, 2])
 def test_softmax_leaves_out_the_history_of_each_sequence(monkeypatch, rows):
-    """Against a loop over candidates, with gradients of autograd through it; whole and in parts."""
+    """Against a loop over candidates, with gradients of autograd through it; whole and in parts. The ids of a
+    history may repeat and are padded with 0; items held out count for nobody."""
     if rows:
-        monkeypatch.setattr("reclm.losses.CHUNK_POSITIONS", rows)
-        monkeypatch.setattr("reclm.losses.CHUNK_SCORES", {"cpu": 0})
+        monkeypatch.setattr("reclm.nn.losses.CHUNK_POSITIONS", rows)
+        monkeypatch.setattr("reclm.nn.losses.CHUNK_SCORES", {"cpu": 0})
     hidden, table, targets, _, _ = inputs()
     owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    seen = torch.rand(3, V, generator=torch.Generator().manual_seed(1)) < 0.5
-    seen[0, targets[0]] = True  # a target counts, seen or not
+    seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [4, 4, 4, 4, 4]])
+    seen[0, 4] = targets[0]  # a target counts, seen or not
+    cold = torch.tensor([6, 8])
     values, results = [hidden.requires_grad_(), table.requires_grad_()], []
     expected = 0.0
     for m in range(M):
-        kept = [item for item in range(1, V) if item == targets[m] or not seen[owner[m], item]]
+        out = {*seen[owner[m]].tolist(), *cold.tolist()} - {targets[m].item()}
+        kept = [item for item in range(1, V) if item not in out]
         assert 1 < len(kept) < V - 1
         scores = table[kept] @ hidden[m]
         expected = expected + scores.logsumexp(0) - table[targets[m]] @ hidden[m]
-    for loss in (expected, softmax(hidden, table, targets, None, (seen, owner))):
+    for loss in (expected, softmax(hidden, table, targets, None, Excluded(seen, owner, cold))):
         results.append([loss.detach(), *torch.autograd.grad(2 * loss, values)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_shared_negatives_leave_out_the_history_of_each_sequence():
+    """Against a loop; the order of the negatives does not matter."""
+    _, _, targets, _, _ = inputs()
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [11, 4, 4, 4, 4]])
+    cold = torch.tensor([6, 8])
+    for seed in range(20):
+        negatives = 1 + torch.randperm(V - 1, generator=torch.Generator().manual_seed(seed))[:N]
+        got = exclude_negatives(negatives, targets, Excluded(seen, owner, cold))
+        for m in range(M):
+            out = {*seen[owner[m]].tolist(), *cold.tolist(), targets[m].item()}
+            assert got[m].tolist() == [item in out for item in negatives.tolist()]
+        assert torch.equal(exclude_negatives(negatives, targets, None), negatives == targets[:, None])
 
 
 def test_sampled_softmax_over_all_items_is_softmax():
@@ -237,3 +260,49 @@ def test_large_scores_do_not_overflow(name):
     loss = LOSSES[name](hidden, table.float(), targets, negatives, excluded)
     loss.backward()
     assert loss.isfinite() and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_step_makes_nothing_of_the_size_of_the_catalogue(loss):
+    """No (B, V), no (M, V), and of (V, D) the gradient of the table alone: there may be millions of items."""
+    items, dim, rows, length = 5003, 16, 7, 9
+    cfg = ModelConfig(dim=dim, max_len=length, profile_tokens=True)
+    model = SequenceRecommender(cfg, LossConfig(loss=loss), Vocabulary(items - 1, rows, (3, 4)))
+    drawn = torch.randint(1, items, (rows, length))
+    batch = {
+        "item_ids": drawn,
+        "targets": drawn.roll(-1, 1),
+        "lengths": torch.full((rows,), length),
+        "user_ids": torch.arange(rows),
+        "num_before": torch.zeros(rows, dtype=torch.long),
+        "profiles": torch.ones(rows, 2, dtype=torch.long),
+        "seen_items": drawn,
+        "negatives": 1 + torch.randperm(items - 1)[:32],
+    }
+    with NewTensors(items) as forward:
+        total = model(batch)
+    with NewTensors(items) as backward:
+        total.backward()
+    of_softmax = [(items, dim), (rows * length, items)] if loss == "softmax" else []  # gradient, one chunk
+    assert forward.shapes == set(of_softmax)
+    assert backward.shapes <= {(items, dim)}  # gradients
+
+
+class NewTensors(TorchDispatchMode):
+    """Shapes of all tensors of at least `least` numbers that are made, views and work in place left out."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.shapes = least, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        for x in filter(is_tensor, tree_leaves(made)):
+            if x.numel() >= self.least and x.untyped_storage().data_ptr() not in old:
+                self.shapes.add(tuple(x.shape))
+        return made
+
+
+def is_tensor(x):
+    return isinstance(x, torch.Tensor)

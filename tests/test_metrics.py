@@ -7,7 +7,14 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from reclm.metrics import CUTOFFS, area_under_curve, chooses, ctr_metrics, rank_of_target, ranking_sums
+from reclm.metrics import (
+    CUTOFFS,
+    area_under_curve,
+    choosing_metric,
+    ctr_metrics,
+    rank_of_target,
+    ranking_sums,
+)
 
 
 def brute_force_rank(scores, target):
@@ -158,5 +165,5 @@ def test_an_epoch_is_chosen_by_the_first_there_is(prefix):
         f"{prefix}{name}": value for name, value in {"logloss": 0.6, "AUC": 0.7, "NDCG@10": 0.1}.items()
     }
     for expected in (("NDCG@10", 0.1), ("AUC", 0.7), ("logloss", -0.6)):  # of losses the least
-        assert chooses(values, prefix) == expected
+        assert choosing_metric(values, prefix) == expected
         values.pop(prefix + expected[0])

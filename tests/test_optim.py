@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig, TrainConfig
 from reclm.data.dataset import Vocabulary
+from reclm.errors import UserError
 from reclm.run.optim import build_optimizer, learning_rate, update_average
 
 
@@ -27,6 +29,27 @@ def test_matrices_and_embeddings_decay_and_norms_never(model):
         module = name.split(".")[-2]
         assert value == (0.3 if module in matrices else 0.1 if "embedding" in module else 0.0), name
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_groups_follow_the_type_of_a_module_not_its_name():
+    """An embedding is one under any name, a matrix called embedding is none; frozen weights are left out."""
+    layers = {
+        "projection": nn.Embedding(3, 2),
+        "position_embedding": nn.Linear(2, 2),
+        "bag": nn.EmbeddingBag(3, 2),
+    }
+    layers["frozen"] = nn.Linear(2, 2).requires_grad_(False)
+    layers = nn.ModuleDict(layers)
+    matrices, embeddings, gains = build_optimizer(layers, TrainConfig()).param_groups
+    assert [id(w) for w in embeddings["params"]] == [id(layers["projection"].weight)]
+    expected = [layers["position_embedding"].weight, layers["bag"].weight]
+    assert [id(w) for w in matrices["params"]] == [id(w) for w in expected]
+    assert [id(w) for w in gains["params"]] == [id(layers["position_embedding"].bias)]
+
+
+def test_an_unknown_optimizer_is_refused(model):
+    with pytest.raises(UserError, match="--optimizer=adamax must be one of adamw"):
+        build_optimizer(model, TrainConfig(optimizer="adamax"))
 
 
 def test_step_is_adamw(model):
@@ -50,14 +73,14 @@ def test_step_is_adamw(model):
         torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_constant_schedule_warms_up_then_stays():
-    cfg = TrainConfig(lr=0.2, schedule="constant", warmup_steps=4)
+def test_a_constant_rate_warms_up_then_stays():
+    cfg = TrainConfig(lr=0.2, lr_min=1.0, warmup_steps=4)
     rates = [learning_rate(step, 10, cfg) for step in range(10)]
     assert rates == pytest.approx([0.05, 0.1, 0.15] + [0.2] * 7)
 
 
 def test_cosine_schedule():
-    cfg = TrainConfig(lr=0.2, schedule="cosine", warmup_steps=0, lr_min=0.1)
+    cfg = TrainConfig(lr=0.2, warmup_steps=0, lr_min=0.1)
     rates = [learning_rate(step, 1000, cfg) for step in range(1000)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[500] == pytest.approx((0.2 + 0.02) / 2)
@@ -68,19 +91,12 @@ def test_cosine_schedule():
         assert rates[step] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_rates_are_positive_and_never_above_lr(schedule):
+@pytest.mark.parametrize("lr_min", [0.0, 0.3, 1.0])
+def test_rates_are_positive_and_never_above_lr(lr_min):
     for warmup in (0, 1, 7, 500):
-        cfg = TrainConfig(lr=1e-3, schedule=schedule, warmup_steps=warmup, lr_min=0.0)
+        cfg = TrainConfig(lr=1e-3, warmup_steps=warmup, lr_min=lr_min)
         rates = [learning_rate(step, 50, cfg) for step in range(50)]
         assert all(0 < rate <= 1e-3 * (1 + 1e-12) for rate in rates), (warmup, rates)
-
-
-def test_lr_min_of_one_is_constant():
-    cosine = TrainConfig(schedule="cosine", lr_min=1.0)
-    constant = TrainConfig(schedule="constant")
-    for step in (0, 50, 150, 299):
-        assert learning_rate(step, 300, cosine) == pytest.approx(learning_rate(step, 300, constant))
 
 
 def test_average_by_hand():

@@ -64,14 +64,10 @@ class Context:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """bool (1 or B, 1, Q, K), True = attends, with candidates (B, 1, Q, K + Q); None = plain causal."""
+        """bool (1 or B, 1, Q, K), True = attends; None = plain causal."""
         if self.whole_rows and not self.window:
             return None
-        seen = visible(self.positions, self.key_positions, self.window, self.candidates)
-        if self.candidates:
-            itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-            seen = torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=2)
-        return seen[:, None]
+        return visible(self.positions, self.key_positions, self.window, self.candidates)[:, None]
 
 
 def visible(positions: Tensor, key_positions: Tensor, window: int, candidates: bool) -> Tensor:

@@ -5,15 +5,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import as_rank, make_dataset
+from conftest import as_process, make_dataset
 from scipy.stats import norm
 from test_model import build, random_batch
 
 from data import eval_batches
 from evaluate import evaluate, time_metrics
-from reclm.config import EvalConfig, ModelConfig, build_config
+from reclm.config import ModelConfig, build_config
+from reclm.data.dataset import gap_statistics
 from reclm.errors import UserError
-from reclm.nn.heads import COMPONENTS, TIME_ERRORS, TimeHead, gap_statistics, log_time, time_errors
+from reclm.nn.heads import (
+    COMPONENTS,
+    NARROWEST,
+    TIME_ERRORS,
+    TIME_WEIGHT,
+    TimeHead,
+    forecast_errors,
+    log_time,
+    time_errors,
+)
 
 
 def random_head(seed=0):
@@ -89,7 +99,7 @@ def timed_dataset():
 
 def test_forecasts_by_hand():
     dataset = timed_dataset()
-    spread = gap_statistics(dataset)
+    spread = gap_statistics(dataset, NARROWEST)
     squares, means, last_gaps = [], [], []
     for u in range(dataset.num_users):
         times = dataset.timestamps[dataset.offsets[u] :][: dataset.train_lengths[u]]
@@ -103,11 +113,13 @@ def test_forecasts_by_hand():
 
     batch = next(eval_batches(dataset, "test", 100, 100))
     head, hidden = random_head(), torch.randn(len(batch["lengths"]), 8)
-    errors = time_errors(head, hidden, batch, spread)
+    errors = time_errors(head, hidden, batch) | forecast_errors(batch, spread)
     for row, user in enumerate(batch["user_ids"].tolist()):
         times = dataset.timestamps[dataset.offsets[user] : dataset.offsets[user + 1]]
         u = (user + 1) * (math.sqrt(5) - 1) / 2 % 1
         z = math.log(1 + times[-1] - times[-2] + u)
+        nll = head(hidden[row : row + 1], torch.tensor([z])).item()
+        assert errors["time_NLL"][row].item() == pytest.approx(nll, rel=1e-3)
         known = np.log(1.5 + np.diff(times[:-1]))
         for name, forecast in (("last_gap", known[-1]), ("user_mean", known.mean())):
             assert errors[f"time_MAE_{name}"][row].item() == pytest.approx(abs(z - forecast), abs=1e-4)
@@ -117,21 +129,22 @@ def test_forecasts_by_hand():
 
 def test_too_few_gaps_to_learn_from():
     """Three actions a user: none is left between two training actions."""
-    spread = gap_statistics(make_dataset([[1, 2, 3], [2, 3, 1]]))
+    spread = gap_statistics(make_dataset([[1, 2, 3], [2, 3, 1]]), NARROWEST)
     assert spread["mean"] == 0 and spread["last_gap"] == spread["user_mean"] == 0.05
 
 
-def test_metrics_do_not_depend_on_the_ranks(monkeypatch):
-    dataset, cfg = timed_dataset(), EvalConfig(eval_batch_size=4)
+def test_metrics_do_not_depend_on_the_processes(monkeypatch):
+    dataset, cfg = timed_dataset(), build_config({}).eval
+    monkeypatch.setattr("evaluate.USERS_AT_ONCE", 4)
     model = build(num_items=20, time_head=True, max_len=16)
-    whole = time_metrics(model, dataset, "test", cfg)
+    whole = time_metrics(model, dataset, "test")
     assert set(whole) == set(TIME_ERRORS)
     assert whole == {name: evaluate(model, dataset, "test", cfg)[name] for name in TIME_ERRORS}
     monkeypatch.setattr("evaluate.mean_over_processes", lambda sums, count: (sums | {"count": count}, count))
     parts = []
     for rank in range(3):
-        as_rank(monkeypatch, rank, 3)
-        parts.append(time_metrics(model, dataset, "test", cfg))
+        as_process(monkeypatch, rank, 3)
+        parts.append(time_metrics(model, dataset, "test"))
     count = sum(part["count"] for part in parts)
     assert count == len(dataset.ranked_users)
     for name in TIME_ERRORS:
@@ -147,7 +160,7 @@ def test_the_loss_is_joint_and_gradients_reach_the_blocks():
     alone = build(loss="softmax", dropout=0.0)
     alone.load_state_dict(model.state_dict(), strict=False)
     times = model.time_head(model.encode(batch)[valid], log_time(gaps)).sum()
-    torch.testing.assert_close(model(batch), alone(batch) + model.loss.time_weight * times)
+    torch.testing.assert_close(model(batch), alone(batch) + TIME_WEIGHT * times)
     model.zero_grad()
     torch.nn.init.normal_(model.time_head.linear.weight)
     model.time_head(model.encode(batch)[valid], log_time(gaps)).sum().backward()

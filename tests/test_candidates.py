@@ -1,4 +1,4 @@
-"""The ranker (--task=ctr): candidates over a history. The reference is the plain causal model, given each
+"""Candidates over a history (--task=ctr). The reference is the plain causal model, given each
 candidate as the last action of a row of its own."""
 
 import numpy as np
@@ -15,7 +15,6 @@ V, LENGTH = 50, 12
 VARIANTS = {
     "llama": {},
     "hstu": {"model_name": "hstu"},
-    "hstu by max_len": {"model_name": "hstu", "attention_norm": "max_len"},
     "grouped queries": {"n_heads": 4, "n_kv_heads": 2},
     "window": {"window": 4},
     "hstu with a window": {"model_name": "hstu", "window": 4},
@@ -33,9 +32,9 @@ def make_model(num_contexts=3, **settings):
     settings = {"dim": 16, "n_layers": 2, "n_heads": 2, "max_len": LENGTH, "dropout": 0.0} | settings
     cfg = ModelConfig(task="ctr", **settings)
     profile = (3, 4) if cfg.profile_tokens else ()
-    vocabulary = Vocabulary(V - 1, 9, profile_sizes=profile, num_actions=5, num_contexts=num_contexts)
+    vocabulary = Vocabulary(V - 1, 9, profile, {"actions": 5, "contexts": num_contexts})
     model = SequenceRecommender(cfg, LossConfig(), vocabulary)
-    for name, weight in model.named_parameters():  # so that all of it has a say
+    for name, weight in model.named_parameters():  # so that all of it has an effect
         if weight.dim() < 2 or not weight.any() or "embedding" in name:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     return model.eval()
@@ -96,14 +95,14 @@ def test_a_candidate_is_scored_as_the_last_action_of_its_own_row(variant):
     for user in range(3):
         for candidate in range(5):
             hidden = model.encode(as_last_action(batch, user, candidate))[:, -1:]
-            alone = model.click_head(hidden)[0, 0]
+            alone = model.head(hidden)[0, 0]
             torch.testing.assert_close(logits[user, candidate], alone, atol=2e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 @EVERY_VARIANT
-def test_how_many_are_ranked_at_once_changes_nothing(variant, at_once, monkeypatch):
+def test_how_many_are_scored_at_once_changes_nothing(variant, at_once, monkeypatch):
     model, batch = make_model(**variant), make_batch()
     whole = model(batch)
     calls = []
@@ -137,10 +136,10 @@ def test_the_feedback_on_a_candidate_is_no_input():
     """A padded candidate counts for nothing, and the loss is the binary cross entropy of the others."""
     model, batch = make_model(), make_batch()
     logits = model(batch)
-    targets = torch.tensor([[1, 2, 0, 2, 1], [2, 2, 1, 0, 0], [1, 0, 0, 0, 0]])
-    loss = model(batch | {"targets": targets})
-    real = targets > 0
-    wanted = F.binary_cross_entropy(logits[real].sigmoid(), (targets[real] == 2).float(), reduction="sum")
+    labels = torch.tensor([[0, 1, -1, 1, 0], [1, 1, 0, -1, -1], [0, -1, -1, -1, -1]])
+    loss = model(batch | {"labels": labels})
+    real = labels >= 0
+    wanted = F.binary_cross_entropy(logits[real].sigmoid(), labels[real].float(), reduction="sum")
     torch.testing.assert_close(loss, wanted)
 
 
@@ -148,7 +147,7 @@ def test_the_feedback_on_a_candidate_is_no_input():
 def test_every_weight_learns(variant):
     """As DDP wants it; what is only for the history of the last layer must not exist."""
     model, batch = make_model(**variant), make_batch()
-    model(batch | {"targets": 1 + torch.arange(15).view(3, 5) % 2}).backward()
+    model(batch | {"labels": torch.arange(15).view(3, 5) % 2}).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     silent = [name for name, p in model.named_parameters() if not p.grad.any()]
     assert silent == []
