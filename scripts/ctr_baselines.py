@@ -4,11 +4,11 @@
     torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=lr --dataset=ml-1m --lr=0.03
 
 lr    one number for each user, item, field of the profile, word of the content and context, summed
-din   the user's actions, weighted by how they fit the candidate and summed; an MLP of that, candidate and user
+din   the user's actions, weighted by how they fit the candidate and summed; an MLP of that and both of them
 
---task=ctr is implied and the flags of main.py for data and training count: the same rows, batches, optimizer,
-epochs, choice of the epoch on validation and metrics. A --config may be that of another model: its settings of
-blocks and times are passed over, as there are no blocks here, and of times only the order is known; the same
+--task=ctr is implied and the flags of main.py for data and training count: the same rows, batches,
+optimizer, epochs, choice of the epoch on validation and metrics. A --config may be that of another model: its
+settings of blocks and times are passed over, as there are no blocks here, and of times only the order is known; the same
 settings as flags are refused. With --window=W DIN looks at the last W actions alone, which costs less. The
 regression needs a higher --lr than the default: its numbers start at 0, and a user's is seen in one step per
 epoch.

@@ -116,7 +116,7 @@ def test_every_command_is_tried_or_is_the_test_command():
 def test_every_flag_exists():
     names = {name for cls in SECTIONS.values() for name in cls.__dataclass_fields__}
     names |= {"standalone", "nproc_per_node", "config", "help"}
-    for script in (ROOT / "scripts").glob("*.py"):
+    for script in (ROOT / "scripts").rglob("*.py"):
         names |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text()))
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     ours = fence.sub(lambda block: block[2] if block[1] else "", README)  # without shown output

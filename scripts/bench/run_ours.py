@@ -1,12 +1,11 @@
-"""One measurement of Toy-RecLM through its own epoch loop; started by scripts/bench.py under torchrun."""
+"""One measurement of Toy-RecLM through its own epoch loop; started by scripts/bench/peers.py."""
 
 import json
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the spine
-
+import measure  # noqa: F401  finds the spine
 import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
 
 import main as program
@@ -19,36 +18,37 @@ from reclm.run import dist
 def settings(spec: dict) -> dict:
     """The sizes of the comparison, or for the time to a score simply our defaults."""
     said = {"dataset": spec["csv"], "device": "cpu", "model_name": spec["model_name"]}
-    if not spec["time_to"]:
-        said |= {name: spec[name] for name in ("dim", "n_layers", "n_heads", "max_len", "dropout")}
-        said |= {name: spec[name] for name in ("loss", "batch_size", "lr", "eval_batch_size")}
-        said["exclude_history"] = False  # no peer leaves it out of the loss
-    return said
+    if spec["time_to"]:
+        return said
+    return spec | said | {"exclude_history": False}  # no peer leaves it out of the loss
 
 
-def measure(spec: dict) -> dict:
+def ours(spec: dict) -> dict:
     begin = time.time()
-    cfg = build_config(settings(spec))
+    cfg = build_config(settings(spec))  # what the spec holds besides settings does not count
     dataset = load_dataset(cfg.data)
-    run = program.Run(cfg, dataset, None, None)
+    run = program.Run(cfg, dataset, program.build_model(cfg, dataset))
     next(run.batches.epoch(0))
     prepared = time.time() - begin
     out_dir = Path(spec["result"]).parent / "ours"
     dist.on_main(lambda: out_dir.mkdir(exist_ok=True))
     run.open(out_dir)
+
+    def train(epoch: int) -> dict:
+        run.progress = program.Progress()  # at the first step of an epoch
+        return program.train_epoch(run, epoch)
+
     if spec["time_to"]:
         score, reached = 0.0, None
         for epoch in range(cfg.train.num_epochs):
-            program.train_epoch(run, epoch)
+            train(epoch)
             score = max(score, program.validate(run, epoch)["valid/NDCG@10"])
-            run.progress.step = 0
             if score >= spec["time_to"]:
                 reached = time.time() - begin
                 break
         return {"reached_seconds": reached, "best": score, "seconds": time.time() - begin}
-    program.train_epoch(run, 0)  # warm-up
-    run.progress.step = 0
-    row = program.train_epoch(run, 1)
+    train(0)  # warm-up
+    row = train(1)
     ranking = time.time()
     evaluate(run.model, dataset, "test", cfg.eval)
     return {
@@ -66,5 +66,5 @@ def measure(spec: dict) -> dict:
 if __name__ == "__main__":
     spec = json.loads(Path(sys.argv[1]).read_text())
     with dist.distributed():
-        result = measure(spec)
-        dist.on_main(lambda: Path(spec["result"]).write_text(json.dumps(result)) and None)
+        result = ours(spec)
+        dist.on_main(lambda: Path(spec["result"]).write_text(json.dumps(result)))

@@ -1,4 +1,4 @@
-"""One measurement of RecBole's SASRec; started by scripts/bench.py in RecBole's own environment."""
+"""One measurement of RecBole's SASRec; started by scripts/bench/peers.py in RecBole's own environment."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part 
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.model.sequential_recommender import SASRec
-from recbole.trainer import Run
+from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
 WARMUP_STEPS = 2
@@ -61,7 +61,7 @@ def main(spec: dict) -> dict:
     init_seed(config["seed"], config["reproducibility"])
     train_data, valid_data, test_data = data_preparation(config, create_dataset(config))
     model = SASRec(config, train_data.dataset)
-    trainer = Run(config, model)
+    trainer = Trainer(config, model)
     if spec["time_to"]:
         score, reached = 0.0, None
         while time.time() - begin < spec["time_limit"]:

@@ -1,4 +1,4 @@
-"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench.py in RecTools' own environment."""
+"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench/peers.py in its own environment."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
-from pytorch_lightning import Callback, Run
+from pytorch_lightning import Callback, Trainer
 from rectools.dataset import Dataset
 from rectools.models import HSTUModel, SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
@@ -37,8 +37,8 @@ class StepClock(Callback):
 def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel | HSTUModel:
     """The library's own defaults but for sizes, batch and rate; features other than ids switched off."""
 
-    def trainer() -> Run:  # no logger, no checkpoints, no progress bar: nothing but training
-        return Run(
+    def trainer() -> Trainer:  # no logger, no checkpoints, no progress bar: nothing but training
+        return Trainer(
             max_epochs=1, limit_train_batches=max_steps, accelerator="cpu", devices=1, callbacks=[clock],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip

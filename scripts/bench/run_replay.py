@@ -1,4 +1,4 @@
-"""One measurement of RePlay's SASRec; started by scripts/bench.py in RePlay's own environment.
+"""One measurement of RePlay's SASRec; started by scripts/bench/peers.py in RePlay's own environment.
 
 The current API (replay.nn) throughout. Its fast options that help on a CPU are on, all of them about padding:
 rows of like length go through the blocks together in training, and columns of nothing but padding are cut.
@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import torch
 import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
-from lightning import Callback, Run
+from lightning import Callback, Trainer
 from replay.data import FeatureHint, FeatureType
 from replay.data.nn import ParquetModule, TensorFeatureInfo, TensorSchema
 from replay.nn.lightning import LightningModule
@@ -118,8 +118,8 @@ def main(spec: dict) -> dict:
     seen = SeenItemsFilter(schema.item_id_features.item().cardinality)
     metrics = ComputeMetricsCallback(["ndcg"], [10], [seen], verbose=False)
 
-    def trainer(watch: Callback, **settings) -> Run:  # no logs, no checkpoints: nothing but training
-        return Run(
+    def trainer(watch: Callback, **settings) -> Trainer:  # no logs, no checkpoints: nothing but training
+        return Trainer(
             accelerator="cpu", devices=1, callbacks=[metrics, watch], num_sanity_val_steps=0, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
         )  # fmt: skip

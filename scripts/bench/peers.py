@@ -1,0 +1,159 @@
+"""Speed beside other tools: the same interactions, sizes, loss, batch and number of threads, in one run.
+
+    pip install -r requirements-dev.txt
+    python scripts/bench/peers.py --peers=recbole,rectools --data_dir=data --out=peers.json
+
+Every tool reads the same interactions, trains SASRec-sized blocks (d = 64, 2 blocks, 2 heads, length 200,
+batch 128, full softmax) and ranks all items for all users. Peers run in virtual environments of their own,
+made here on first use, with their fast options (scripts/bench/run_*.py say which). Rounds alternate between
+the tools; the table shows medians, with the range. --model_name=hstu: HSTU blocks, beside those of RecTools.
+
+trained tokens/s   positions that the loss is taken at. An epoch of every tool trains the same ones.
+positions/s        real positions (no padding) that go through the blocks. RecBole trains one target per row
+                   and feeds all of its history again for the next one: 119 positions per trained token.
+epoch, s           seconds of a whole epoch: measured (ours), or from the timed steps (peers)
+users/s            full ranking, top 10, seen items left out
+preparation, s     raw file to first step, imports not counted; from the second round, when caches are warm
+memory, GiB        peak resident memory of all processes of a tool
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import arguments, compare, launcher, peak_of, run, say, show, table, write, write_csv
+
+from data import load_dataset
+from reclm.config import DataConfig
+from reclm.errors import UserError
+
+TORCH = "torch==2.13.0"
+OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that RecBole works with
+PACKAGES = {
+    "recbole": ["recbole==1.2.1", TORCH, *OLD],
+    "rectools": ["rectools[torch]==0.19.0", TORCH],
+    "replay": ["replay-rec[torch]==0.22.0", TORCH],
+}
+SIZES = {"model_name": "llama", "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2}
+TRAINING = {"loss": "softmax", "batch_size": 128, "lr": 1e-3, "eval_batch_size": 256}
+SPEC = SIZES | TRAINING | {"threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0}
+
+
+def columns(row: dict) -> dict[str, float]:
+    """What is shown of a measurement, see above."""
+    return {
+        "trained tokens/s": row["targets"] / row["train_seconds"],
+        "positions/s": row["positions"] / row["train_seconds"],
+        "epoch, s": row["epoch_seconds"],
+        "users/s": row["eval_users"] / row["eval_seconds"],
+        "preparation, s": row["prepare_seconds"],
+        "memory, GiB": row["peak_memory_gib"],
+    }
+
+
+def read_args() -> argparse.Namespace:
+    parser = arguments(__doc__, "peers.json")
+    parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
+    parser.add_argument("--data_dir", help="as for main.py")
+    parser.add_argument("--dataset", help="as for main.py")
+    parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="blocks of ours")
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2: the first one fills our cache")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps of a peer; ours runs whole epochs")
+    parser.add_argument("--time_to", type=float, default=0.15, help="seconds to this valid NDCG@10; 0 = no")
+    parser.add_argument("--time_limit", type=float, default=480.0, help="seconds a tool may take for that")
+    parser.add_argument("--venvs", default=str(Path.home() / ".cache" / "reclm" / "bench"))
+    args = parser.parse_args()
+    args.peers = [name for name in args.peers.split(",") if name]
+    unknown = [name for name in args.peers if name not in PACKAGES]
+    if unknown or args.rounds < 2 or args.steps < 1:
+        raise UserError(f"--peers knows {', '.join(PACKAGES)}; --rounds is at least 2, --steps at least 1")
+    if args.model_name == "hstu" and args.peers not in ([], ["rectools"]):
+        raise UserError("only RecTools has HSTU blocks: use --peers=rectools with --model_name=hstu")
+    return args
+
+
+def make_venv(folder: Path, packages: list[str]) -> Path:
+    """The Python of a peer's environment, which is made where it is missing."""
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.is_file():
+        say(f"installing {packages[0]} into {folder} ...")
+        pip = [python, "-m", "pip", "install", "-q", *packages]
+        for step in ([sys.executable, "-m", "venv", "--clear", folder], pip):
+            ran = subprocess.run(step, capture_output=True, text=True)
+            if ran.returncode:
+                last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+                raise UserError(f"cannot install {packages[0]}: {last}; leave it out of --peers")
+        done.touch()
+    return python
+
+
+def write_interactions(args: argparse.Namespace, work: Path) -> dict:
+    """The same rows as CSV and as RecBole's .inter; a timestamp is the place in the user's sequence."""
+    dataset = load_dataset(DataConfig(dataset=args.dataset, data_dir=args.data_dir))
+    csv, inter = work / "interactions.csv", work / "bench" / "bench.inter"
+    inter.parent.mkdir()
+    columns = dataset.owner, dataset.item_ids, dataset.place
+    write_csv(csv, *columns)
+    write_csv(inter, *columns, header="user_id:token\titem_id:token\ttimestamp:float")
+    size = f"{dataset.num_users:,} users, {dataset.num_items:,} items, {len(dataset.item_ids):,} rows"
+    say(f"data: {dataset.name}, {size}")
+    return {"csv": str(csv), "inter": str(inter)}
+
+
+def run_tool(tool: str, pythons: dict, spec: dict, work: Path) -> dict:
+    """One measurement in processes of its own, which have the same number of threads in all."""
+    result, file = work / "result.json", work / "spec.json"
+    result.unlink(missing_ok=True)
+    spec = SPEC | spec | {"result": str(result)}
+    file.write_text(json.dumps(spec))
+    ranks = spec["ranks"] if tool == "ours" else 1
+    start = launcher(ranks) if tool == "ours" else [pythons[tool]]
+    script = Path(__file__).with_name(f"run_{tool}.py")
+    env = {"OMP_NUM_THREADS": str(spec["threads"] // ranks), "RECLM_CACHE": str(work / "cache")}
+    peak = peak_of([*start, script, file], work, **env)
+    return json.loads(result.read_text()) | {"peak_memory_gib": peak}
+
+
+def results_of(rounds: dict[str, list[dict]]) -> dict[str, dict]:
+    """{tool: {column: median and range}}, and behind each peer what ours is relative to it."""
+    shown = {tool: [columns(row) for row in rows] for tool, rows in rounds.items()}
+    for rows in shown.values():
+        del rows[0]["preparation, s"]  # the first round is cold
+    return compare(shown)
+
+
+def describe_time_to(score: float, reached: dict) -> str:
+    title = f"from the raw file to validation NDCG@10 {score}, ours with the default recipe"
+    return table(
+        {title: tool, "s": row["reached_seconds"] or f"not in {row['seconds']:.0f}", "best": row["best"]}
+        for tool, row in reached.items()
+    )
+
+
+def main() -> None:
+    args = read_args()
+    pythons = {name: make_venv(Path(args.venvs) / name, PACKAGES[name]) for name in args.peers}
+    rounds = {tool: [] for tool in ("ours", *args.peers)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        said = {"steps": args.steps, "model_name": args.model_name}
+        spec = write_interactions(args, work) | said
+        for i in range(args.rounds):
+            for tool, rows in rounds.items():
+                rows.append(run_tool(tool, pythons, spec, work))
+                show(f"round {i}, {tool}", columns(rows[-1]))
+        results = results_of(rounds)
+        say(table({"": name} | row for name, row in results.items()))
+        output = {"results": results, "spec": SPEC | said, "rounds": rounds}
+        if args.time_to:
+            spec |= {"time_to": args.time_to, "time_limit": args.time_limit}
+            output["time_to"] = {tool: run_tool(tool, pythons, spec, work) for tool in rounds}
+            say(describe_time_to(args.time_to, output["time_to"]))
+    write(args.out, output)
+
+
+if __name__ == "__main__":
+    run(main)
