@@ -1,5 +1,7 @@
 """Leave-one-out, batches, negatives, the cache: by hand, by brute force, over 1 to 3 processes."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import as_process, impressions_table, make_dataset, make_impressions, write_csv
+from launch import MAIN
 from scipy.stats import chisquare
 
 import main
@@ -71,6 +74,14 @@ def test_leave_one_out_by_hand():
     rows = rows_by_user(epoch_of(batches_of(dataset, max_len=4)))
     long = FIVE[4][:298]
     assert rows == {1: ([1], [2]), 3: ([6, 1], [1, 7]), 4: (long[-5:-1], long[-4:])}
+
+
+def test_whose_each_row_is_and_whether_it_trains():
+    dataset = make_dataset(FIVE)
+    rows = [(user, place) for user, items in enumerate(FIVE) for place in range(len(items))]
+    assert list(zip(dataset.owner.tolist(), dataset.place.tolist(), strict=True)) == rows
+    held_out = {(user, len(FIVE[user]) - back) for user in (2, 3, 4) for back in (1, 2)}
+    assert dataset.in_training.tolist() == [row not in held_out for row in rows]
 
 
 @pytest.mark.parametrize(("split", "held_out"), [("valid", 2), ("test", 1)])
@@ -522,7 +533,25 @@ def test_the_share_of_the_data_is_not_the_number_of_the_process(tiny_dataset, mo
             assert same == (number == process // 2), (process, number)
 
 
-# ---------------------------------------------------------------- the cache
+# ---------------------------------------------------------------- preparing, and the cache
+
+
+def test_preparing_needs_no_torch():
+    """What reclm/data makes can be made, and read, by any program with numpy and pandas."""
+    names = [f"reclm.data.{path.stem}" for path in (MAIN.parent / "reclm" / "data").glob("[a-z]*.py")]
+    assert len(names) > 5
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=MAIN.parent, capture_output=True, text=True)
+    assert shown.stdout == "False\n", shown.stderr
+
+
+def test_texts_of_items_are_prepared(tmp_path):
+    file = write_csv(tmp_path / "a.csv", [(u, i, 1, i) for u in range(3) for i in range(4)])
+    assert len(load_dataset(DataConfig(dataset=str(file))).titles) == 0
+    (tmp_path / "a.items.csv").write_text("item,title,genres\n2,Two (1990),War|Drama\n0,None,\n")
+    dataset = load_dataset(DataConfig(dataset=str(file)))
+    assert dataset.titles.tolist() == ["None", "", "Two (1990)", ""]
+    assert dataset.genre_names.tolist() == ["", "", "War|Drama", ""]
 
 
 def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
