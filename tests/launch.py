@@ -50,8 +50,15 @@ class Result:
         return self
 
 
-def torchrun(nproc: int, *flags: str, cwd: Path, env: dict | None = None, timeout: float = TIMEOUT) -> Result:
-    return Running(nproc, *flags, cwd=cwd, env=env).finish(timeout)
+def torchrun(
+    nproc: int,
+    *flags: str,
+    cwd: Path,
+    env: dict | None = None,
+    timeout: float = TIMEOUT,
+    program: Path = MAIN,
+) -> Result:
+    return Running(nproc, *flags, cwd=cwd, env=env, program=program).finish(timeout)
 
 
 def python(*flags: str, cwd: Path, env: dict | None = None, timeout: float = TIMEOUT) -> Result:
@@ -90,9 +97,9 @@ def environment(extra: dict | None = None) -> dict:
 class Running:
     """A launch under way; `nproc` 0 is a plain `python main.py`."""
 
-    def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None):
+    def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None, program: Path = MAIN):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        command = [sys.executable, *(launcher if nproc else []), str(MAIN), *flags]
+        command = [sys.executable, *(launcher if nproc else []), str(program), *flags]
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.begin = time.time()
         self.process = subprocess.Popen(
@@ -125,19 +132,19 @@ class Running:
                 raise AssertionError(f"ended or hung too early\n{self.finish().text}")
             time.sleep(0.005)
 
-    def ranks(self) -> dict[int, int]:
-        """{rank: process id} of the running main.py's."""
+    def processes(self) -> dict[int, int]:
+        """{number of the process: its id in the system} of the running main.py's."""
         found = {}
         for pid in descendants(self.process.pid):
             with suppress(OSError):  # gone in the meantime
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                rank = re.search(rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
-                if rank and str(MAIN).encode() in command:
-                    found[int(rank[1])] = pid
+                number = re.search(rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+                if number and str(MAIN).encode() in command:
+                    found[int(number[1])] = pid
         return found
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once. Each rank is a process group of its own, made by torchrun."""
+        """SIGKILL to all of it at once. Each process that torchrun starts is a process group of its own."""
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -161,6 +168,16 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def in_small_batches(folder: Path) -> Path:
+    """A main.py that evaluates 7 users at once: on so small data two processes would have nothing to share."""
+    path = folder / "in_small_batches.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(MAIN.parent)!r})\n"
+        "import evaluate, main\nevaluate.USERS_AT_ONCE = 7\nmain.main()\n"
+    )
+    return path
 
 
 # ---------------------------------------------------------------- data and what runs leave

@@ -1,88 +1,53 @@
-"""Flags and YAML files: what is accepted, what is refused, and that every setting is used."""
+"""The settings: values and combinations that are refused, what fixes each, and that each is used."""
 
 import ast
 import dataclasses
-import re
+import typing
 from pathlib import Path
 
 import pytest
+from test_flags import refused
 
-from model import SequenceRecommender
-from reclm.config import SECTIONS, Config, ModelConfig, build_config
+from model import BLOCKS, FORWARD, SequenceRecommender
+from reclm.config import (
+    FIELDS,
+    PARTS,
+    SECTIONS,
+    AnyBut,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    build_config,
+    fixed_names,
+)
 from reclm.data.dataset import Vocabulary
+from reclm.data.prepare import PREPARE
 from reclm.errors import UserError
 from reclm.flags import parse_args
+from reclm.nn.losses import LOSSES
 from reclm.run.folder import dump_config
+from reclm.run.optim import OPTIMIZERS, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SOURCES = [ROOT / f"{name}.py" for name in ("main", "model", "data", "evaluate")]
-SOURCES += sorted((ROOT / "reclm").glob("*.py"))
+SOURCES += sorted((ROOT / "reclm").rglob("*.py"))
+KNOWN = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": OPTIMIZERS}
 
 
-@pytest.fixture
-def yaml(tmp_path):
-    def write(text, name="some.yaml"):
-        (tmp_path / name).write_text(text)
-        return f"--config={tmp_path / name}"
-
-    return write
-
-
-def refused(argv):
-    """The one line that refuses these arguments."""
-    with pytest.raises(UserError) as caught:
-        build_config(parse_args(argv))
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 400, message
-    return message
-
-
-# ---------------------------------------------------------------- flags
-
-
-def test_nothing_said_is_the_defaults():
-    assert parse_args([]) == {}
-    cfg = build_config({})
-    for section, cls in SECTIONS.items():
-        assert getattr(cfg, section) == cls()
-
-
-@pytest.mark.parametrize("spelling", ["true", "True", "TRUE", "false", "False", "FALSE"])
-def test_booleans_in_flags_and_yaml(spelling, yaml):
-    truth = spelling.lower() == "true"
-    assert parse_args([f"--eval_only={spelling}"]) == {"eval_only": truth}
-    assert parse_args(["--eval_only", spelling]) == {"eval_only": truth}
-    assert parse_args([yaml(f"filter_seen: {spelling}\n")]) == {"filter_seen": truth}
-
-
-def test_values_are_converted_by_the_declared_type():
-    said = parse_args(["--lr=5e-4", "--n_layers=4", "--loss=gbce", "--dataset=ml-1m", "--lr_min=1"])
-    assert said == {"lr": 5e-4, "n_layers": 4, "loss": "gbce", "dataset": "ml-1m", "lr_min": 1.0}
-    assert isinstance(said["lr_min"], float)
-    assert parse_args(["--dataset=123"]) == {"dataset": "123"}
+# ---------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
     "flag",
     [
-        "--nonsense=1", "--eval=true", "--num_epoch=3", "--evalonly=true", "--dim=2.5", "--dim=big",
-        "--loss=foo", "--lr=fast", "--eval_only=maybe", "--dtype=float16", "--model_name=bert", "--n_layers=",
-        "--compile=2", "--model.dim=32",
-    ],
-)  # fmt: skip
-def test_unknown_abbreviated_or_mistyped_flags_are_refused(flag):
-    assert flag.lstrip("-").split("=")[0] in refused([flag])
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--dim=0", "--dim=-8", "--n_layers=0", "--max_len=0", "--temperature=0", "--n_kv_heads=-1",
-        "--window=-1", "--dropout=1", "--dropout=-0.1", "--min_item_count=0", "--num_negatives=0",
-        "--gbce_t=1.5", "--num_epochs=0", "--batch_size=0", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf",
-        "--weight_decay=-1", "--lr_min=2", "--clip_norm=-1", "--grad_accum_steps=0", "--patience=-1",
-        "--seed=-1", "--eval_batch_size=0", "--keep_last=-1", "--warmup_steps=-1", "--norm_eps=0",
+        "--dim=0", "--dim=-8", "--n_layers=0", "--max_len=0", "--n_kv_heads=-1", "--hidden_dim=-1",
+        "--window=-1", "--dropout=1", "--dropout=-0.1", "--id_dropout=1", "--min_item_count=0",
+        "--num_negatives=0", "--negative_below=nan", "--cold_items=1", "--shuffle_ties=-1",
+        "--min_positives=-1", "--positive_from=inf", "--drop_rating=nan", "--utc_offset=nan",
+        "--num_epochs=0", "--batch_size=0", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf",
+        "--weight_decay=-1", "--embedding_decay=-1", "--lr_min=2", "--clip_norm=-1", "--ema=1",
+        "--grad_accum_steps=0", "--patience=-1", "--seed=-1", "--keep_last=-1", "--warmup_steps=-1",
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(flag):
@@ -103,68 +68,175 @@ def test_derived_widths():
     assert ModelConfig(n_heads=2).kv_heads == 2 and ModelConfig(n_heads=2, n_kv_heads=1).kv_heads == 1
 
 
-# ---------------------------------------------------------------- YAML
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_unknown_name_is_refused_with_those_that_are_known(name):
+    """What a name stands for is a line in a table, and it is checked where that table is."""
+    cfg = build_config({name: "nonsense"})
+    assert build_config({}).flat()[name] in KNOWN[name]
+    with pytest.raises(UserError) as caught:
+        if name == "optimizer":
+            build_optimizer(SequenceRecommender(ModelConfig(), cfg.loss, Vocabulary(5, 2)), cfg.train)
+        else:
+            SequenceRecommender(cfg.model, cfg.loss, Vocabulary(5, 2))
+    assert str(caught.value) == f"--{name}=nonsense must be one of {', '.join(KNOWN[name])}"
 
 
-def test_yaml_numbers_in_scientific_notation(yaml):
-    """PyYAML alone reads 1e-4 as text."""
-    said = parse_args([yaml("lr: 1e-4\nweight_decay: 1E-2\nnum_epochs: 3\n")])
-    assert said == {"lr": 1e-4, "weight_decay": 0.01, "num_epochs": 3}
-    assert isinstance(said["lr"], float)
+# ---------------------------------------------------------------- combinations
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    "flags",
     [
-        ("nonsense: 1\n", "nonsense"),
-        ("model:\n  dim: 32\n", "model"),
-        ("dim: 2.5\n", "dim"),
-        ("dim: true\n", "dim"),
-        ("lr: fast\n", "lr"),
-        ("loss: foo\n", "loss"),
-        ("eval_only: 1\n", "eval_only"),
-        ("dim: [1, 2]\n", "dim"),
-        ("dim: 0\n", "dim"),
-        ("dim:\n", "dim"),
-        ("just text", "config"),
-        ("- a\n- b\n", "config"),
-        ("a: b: c: [", "config"),
-        ("\x00\x01\x02", "config"),
+        ["--loss=softmax", "--num_negatives=5"],
+        ["--loss=softmax", "--share_negatives=false"],
+        ["--model_name=hstu", "--gated_residuals=true"],
+        ["--model_name=hstu", "--n_kv_heads=1"],
+        ["--model_name=hstu", "--hidden_dim=50"],
+        ["--model_name=llama --time_tokens=none", "--request_time=true"],
+        ["--exclude_history=false", "--cold_items=0.1"],
+        ["--task=matching", "--ctr_history=past"],
+        ["--task=matching --ctr_split=None", "--positive_from=3.0"],
+        ["--task=matching --ctr_split=None", "--drop_rating=3.0"],
+        ["--task=matching --ctr_split=None", "--min_positives=2"],
+        ["--task=matching --ctr_split=None", "--utc_offset=8.0"],
+        ["--task=ctr", "--time_head=true"],
+        ["--task=ctr", "--request_time=true"],
+        ["--task=ctr", "--min_item_count=2"],
+        ["--task=ctr", "--cold_items=0.1"],
+        ["--task=ctr", "--loss=gbce"],
+        ["--task=ctr", "--num_negatives=5"],
+        ["--task=ctr", "--share_negatives=false"],
+        ["--task=ctr", "--exclude_history=false"],
+        ["--task=ctr", "--negative_below=3.0"],
+        ["--task=ctr", "--filter_seen=false"],
     ],
 )
-def test_bad_yaml_is_refused(text, named, yaml):
-    assert named in refused([yaml(text)])
+def test_a_switch_without_effect_is_refused(flags):
+    idle, _, value = flags[1].partition("=")
+    others = [flag for flag in flags[0].split() if not flag.endswith("=None")]
+    with pytest.raises(UserError, match=f"(?i){idle}={value} has no effect with {flags[0]}"):
+        build_config(parse_args([*others, flags[1]]))
 
 
-def test_missing_yaml_is_refused(tmp_path):
-    assert f"{tmp_path}/no.yaml" in refused([f"--config={tmp_path}/no.yaml"])
-    refused([f"--config={tmp_path}"])  # a folder
+def test_every_need_is_tried():
+    """By the test above, so that none is written down and forgotten."""
+    tried = test_a_switch_without_effect_is_refused.pytestmark[0].args[1]
+    tried = {
+        (idle.split("=")[0], tuple(other.split("=")[0] for other in with_.split())) for with_, idle in tried
+    }
+    needs = {
+        (f"--{name}", tuple(f"--{other}" for other in need))
+        for name, field in FIELDS.items()
+        for need in field.metadata["needs"]
+    }
+    assert tried == needs
 
 
-def test_flags_override_yaml_overrides_defaults(yaml):
-    cfg = build_config(parse_args([yaml("dim: 32\nlr: 0.5\n"), "--dim=16"]))
-    assert (cfg.model.dim, cfg.train.lr, cfg.model.n_layers) == (16, 0.5, ModelConfig().n_layers)
+@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_tokens=embedding"])
+def test_one_of_two_switches_gives_another_its_effect(useful):
+    assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
 
 
-def test_flags_override_yaml_wherever_they_stand(yaml):
-    assert parse_args(["--dim=16", yaml("dim: 32\nlr: 0.5\n")]) == {"dim": 16, "lr": 0.5}
+@pytest.mark.parametrize("useful", ["--task=ctr", "--ctr_split=random"])
+def test_rules_of_impressions_count_for_both_tasks(useful):
+    assert build_config(parse_args([useful, "--positive_from=3"])).data.positive_from == 3
 
 
-def test_the_last_of_two_yaml_files_wins(yaml):
-    argv = [yaml("dim: 32\nlr: 0.5\n", "a.yaml"), yaml("dim: 48\n", "b.yaml")]
-    assert parse_args(argv) == {"dim": 48, "lr": 0.5}
+def test_items_left_out_of_the_loss_cannot_be_ranked():
+    with pytest.raises(UserError, match="--filter_seen=false .* train with --exclude_history=false"):
+        build_config(parse_args(["--filter_seen=false"]))
+    cfg = build_config(parse_args(["--filter_seen=false", "--exclude_history=false"]))
+    assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
 
 
-def test_written_settings_are_read_again(yaml):
-    said = {"lr": 5e-5, "dim": 48, "dataset": "123", "loss": "gbce", "compile": True, "norm_eps": 1e-6}
-    cfg = build_config(said)
-    again = build_config(parse_args([yaml(dump_config(cfg))]))
-    for section in SECTIONS:
-        if section != "run":
-            assert getattr(again, section) == getattr(cfg, section)
+# ---------------------------------------------------------------- what fixes a setting
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_says_what_fixes_it(name):
+    fixed = set(FIELDS[name].metadata["fixed"])
+    assert fixed and fixed <= set(PARTS)
+    assert fixed == {"free"} or "free" not in fixed
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_need_names_settings_and_values_that_exist(name):
+    types = {name: kind for cls in SECTIONS.values() for name, kind in typing.get_type_hints(cls).items()}
+    for need in FIELDS[name].metadata["needs"]:
+        assert need
+        for other, useful in need.items():
+            assert other != name and len(list(useful))
+            for value in list(useful):
+                if other in KNOWN:
+                    assert value in KNOWN[other]
+                elif types[other] is bool:
+                    assert value in (True, False)
+                else:
+                    choices = [
+                        choice
+                        for part in (types[other], *typing.get_args(types[other]))
+                        if typing.get_origin(part) is typing.Literal
+                        for choice in typing.get_args(part)
+                    ]
+                    assert value in choices, (name, other, value)
+
+
+def test_all_but_some():
+    useful = AnyBut(["softmax"])
+    assert "softmax" not in useful and "bce" in useful and "any other" in useful
+
+
+EVALUATION, RESUME, START = ("model", "data"), ("model", "data", "trajectory"), ("leak",)
+
+
+def test_an_evaluation_is_of_the_same_model_on_the_same_data():
+    fixed = set(fixed_names(build_config({}).flat(), *EVALUATION))
+    assert fixed >= {
+        "task",
+        "model_name",
+        "dim",
+        "max_len",
+        "time_tokens",
+        "item_features",
+        "action_embedding",
+    }
+    assert fixed >= {"dataset", "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from"}
+    assert fixed >= {field.name for field in dataclasses.fields(ModelConfig)} - {"dtype"}
+    assert not fixed & {field.name for field in dataclasses.fields(TrainConfig)}
+    assert not fixed & {"dtype", "ctr_history", "data_dir", "loss", "filter_seen", "device", "ckpt_name"}
+
+
+def test_a_resumed_run_takes_the_same_steps():
+    values = build_config({}).flat()
+    fixed = set(fixed_names(values, *RESUME))
+    assert fixed > set(fixed_names(values, *EVALUATION))
+    assert fixed >= {"loss", "num_negatives", "share_negatives", "exclude_history", "negative_below"}
+    assert fixed >= {"lr", "lr_min", "warmup_steps", "batch_size", "seed", "optimizer", "ema", "clip_norm"}
+    assert fixed >= {"weight_decay", "embedding_decay", "dtype", "ctr_history"}
+    free = {"pad_to", "grad_accum_steps", "patience", "compile", "keep_last", "init_from", "data_dir"}
+    assert not fixed & (free | {"filter_seen", "resume", "out_dir", "eval_only", "device"})
+
+
+def test_the_end_of_a_cosine_is_fixed_and_that_of_a_constant_rate_is_not():
+    assert "num_epochs" in fixed_names(build_config({}).flat(), *RESUME)
+    assert "num_epochs" in fixed_names(build_config({"lr_min": 0.0}).flat(), *RESUME)
+    constant = build_config({"lr_min": 1.0}).flat()
+    assert set(fixed_names({}, *RESUME)) - set(fixed_names(constant, *RESUME)) == {"num_epochs"}
+
+
+def test_a_start_from_other_weights_has_the_same_data_to_be_tested_with():
+    assert set(fixed_names(build_config({}).flat(), *START)) == {
+        "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
+        "min_positives", "utc_offset",
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- all of them
+
+
+def test_there_are_at_most_sixty():
+    """A new one takes the place of another."""
+    assert len(FIELDS) <= 60
 
 
 def test_names_are_unique_over_sections():
@@ -175,16 +247,14 @@ def test_names_are_unique_over_sections():
     assert [field.name for field in dataclasses.fields(Config)] == list(SECTIONS)
 
 
-def test_every_setting_has_a_help_text(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    text = capsys.readouterr().out.split("options:")[1]
-    for cls in SECTIONS.values():
-        for field in dataclasses.fields(cls):
-            entry = re.search(rf"--{field.name}[ =].*?(?=\n  --|\n\n|\Z)", text, re.S)
-            # Beyond the flag, its choices and "(type: int, default: 3)".
-            words = re.sub(r"\(type:.*|\(default:.*", "", entry[0], flags=re.S).split()[2:]
-            assert words, field.name
+def test_written_settings_are_read_again(tmp_path):
+    said = {"lr": 5e-5, "dim": 48, "dataset": "123", "loss": "gbce", "compile": True, "weight_decay": 1e-6}
+    cfg = build_config(said)
+    (tmp_path / "some.yaml").write_text(dump_config(cfg))
+    again = build_config(parse_args([f"--config={tmp_path / 'some.yaml'}"]))
+    for section in SECTIONS:
+        if section != "run":
+            assert getattr(again, section) == getattr(cfg, section)
 
 
 def test_every_setting_is_read_somewhere():
@@ -202,8 +272,10 @@ def test_every_setting_is_read_somewhere():
     for node in ast.walk(config):
         if isinstance(node, ast.FunctionDef) and node.name in read and node.name != "flat":
             read |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-    names = {field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
-    assert names - read == set()
+    assert FIELDS.keys() - read == set()
+
+
+# ---------------------------------------------------------------- recipes
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -213,6 +285,7 @@ def test_recipes_load_and_say_how_to_run_them(path):
     assert f"--config=configs/{path.name}" in header
     said = parse_args([f"--config={path}"])
     cfg = build_config(said)
+    assert cfg.model.task in PREPARE and cfg.train.optimizer in OPTIMIZERS
     model = SequenceRecommender(cfg.model, cfg.loss, Vocabulary(50, 10))
     assert model.item_table().shape == (51, cfg.model.dim)
 
@@ -227,38 +300,3 @@ def test_recipes_hold_only_what_differs_from_the_defaults(path):
 
 def test_there_are_recipes():
     assert CONFIGS
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--loss=softmax", "--num_negatives=5"],
-        ["--loss=softmax", "--share_negatives=false"],
-        ["--loss=bce", "--gbce_t=0.5"],
-        ["--scores=dot", "--temperature=0.1"],
-        ["--schedule=constant", "--lr_min=0.2"],
-        ["--model_name=hstu", "--gated_residuals=true"],
-        ["--model_name=llama --time_tokens=none", "--request_time=true"],
-    ],
-)
-def test_a_switch_without_effect_is_refused(flags):
-    idle, _, value = flags[1].partition("=")
-    with pytest.raises(UserError, match=f"{idle}=(?i:{value}) has no effect with {flags[0]}"):
-        build_config(parse_args([*flags[0].split(), flags[1]]))
-
-
-@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_tokens=embedding"])
-def test_one_of_two_switches_gives_another_its_effect(useful):
-    assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
-
-
-def test_items_left_out_of_the_loss_cannot_be_ranked():
-    with pytest.raises(UserError, match="--filter_seen=false .* train with --exclude_history=false"):
-        build_config(parse_args(["--filter_seen=false"]))
-    cfg = build_config(parse_args(["--filter_seen=false", "--exclude_history=false"]))
-    assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
-
-
-def test_config_without_a_file_is_one_line():
-    with pytest.raises(UserError, match="--config: expected one argument"):
-        parse_args(["--config"])

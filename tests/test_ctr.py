@@ -1,4 +1,4 @@
-"""--task=ctr from end to end: ranks, files, starting from a matching run, ranking own candidates."""
+"""--task=ctr from end to end: processes, files, starting from a matching run, scoring own candidates."""
 
 import hashlib
 import re
@@ -10,16 +10,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from launch import MAIN, TINY, here, read_json, read_state, snapshot, torchrun, write_csv
+from launch import (
+    MAIN,
+    TINY,
+    here,
+    in_small_batches,
+    read_json,
+    read_state,
+    snapshot,
+    torchrun,
+    write_csv,
+)
 from sklearn.metrics import roc_auc_score
 from test_bad_input import assert_refused
 
+import evaluate
 from data import load_dataset
 from evaluate import score_impressions
 from main import open_checkpoint
 from reclm.config import DataConfig
-from reclm.data import impressions, readers
-from reclm.data import sources as datasets
+from reclm.data import readers, sources
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import rank
@@ -31,11 +41,11 @@ CTR = [*MODEL, *SPLIT, "--task=ctr"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A ranker trained on two ranks, in `run`, and a matching run on the same rows, in `matching`."""
+    """A run of ctr on two processes, in `run`, and a matching run on the same rows, in `matching`."""
     cwd = tmp_path_factory.mktemp("ctr")
     write_csv(cwd / "tiny.csv")
     same = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=run"]
-    shown = torchrun(2, *CTR, *same, cwd=cwd).ok().stdout
+    shown = torchrun(2, *CTR, *same, cwd=cwd, program=in_small_batches(cwd)).ok().stdout
     assert shown.count("TEST, best validation epoch") == shown.count("protocol: CTR;") == 1
     here(*MODEL, *SPLIT, "--num_epochs=1", "--out_dir=matching", cwd=cwd).ok()
     return cwd
@@ -46,8 +56,9 @@ def work(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "work", symlinks=True))
 
 
-def test_the_number_of_ranks_changes_no_metric(work):
-    """Trained and evaluated on two ranks; evaluated on one, without saying the task again."""
+def test_the_number_of_processes_changes_no_metric(work, monkeypatch):
+    """Trained and evaluated on two processes; evaluated on one, without saying the task again."""
+    monkeypatch.setattr(evaluate, "USERS_AT_ONCE", 7)  # as in the fixture
     result = read_json(work / "run" / "result.json")
     here("--eval_only=true", "--out_dir=run", cwd=work).ok()
     again = read_json(work / "run" / "eval-best.json")
@@ -74,8 +85,8 @@ def test_what_is_known_of_an_impression_may_be_another_in_evaluation(work):
 
 def test_auc_is_that_of_scikit_learn_on_the_same_scores(work, monkeypatch):
     monkeypatch.chdir(work)
-    cfg, dataset, model = open_checkpoint({}, Path("run/best.pth"))
-    logits, labels, users = score_impressions(model, dataset, "test", cfg.eval)
+    _, dataset, model = open_checkpoint({}, Path("run/best.pth"))
+    logits, labels, users = score_impressions(model, dataset, "test")
     table = pd.read_csv("tiny.csv")
     assert abs(len(logits) - 0.1 * len(table)) <= 1 and len(logits) == (dataset.splits == 2).sum()
     wanted = roc_auc_score(labels.numpy(), logits.numpy())
@@ -85,8 +96,8 @@ def test_auc_is_that_of_scikit_learn_on_the_same_scores(work, monkeypatch):
     assert (np.repeat(np.arange(40), dataset.lengths)[rows] == users.numpy()).all()
 
 
-def test_a_resumed_ranker_ends_in_the_same_weights(work):
-    flags = [*CTR, "--schedule=constant", "--batch_size=3"]
+def test_a_resumed_run_ends_in_the_same_weights(work):
+    flags = [*CTR, "--lr_min=1", "--batch_size=3"]
     here(*flags, "--num_epochs=2", "--out_dir=whole", cwd=work).ok()
     here(*flags, "--num_epochs=1", "--out_dir=part", cwd=work).ok()
     here(*flags, "--num_epochs=2", "--out_dir=part", "--resume=auto", cwd=work).ok()
@@ -105,7 +116,7 @@ def test_a_split_with_one_class_has_no_auc_but_a_logloss(work, monkeypatch):
     shown = here(*MODEL, "--dataset=own.csv", "--task=ctr", "--num_epochs=2", "--out_dir=own", cwd=work).ok()
     result = read_json(work / "own" / "result.json")
     cfg, dataset, _ = open_checkpoint({"data_dir": "."}, work / "own" / "best.pth")
-    assert cfg.model.action_embedding and dataset.actions.tolist() == (1 + dataset.labels).tolist()
+    assert cfg.model.action_embedding and dataset.codes["actions"].tolist() == (1 + dataset.labels).tolist()
     assert "AUC" not in result["test"] and 0 < result["test"]["logloss"] < 2
     assert re.search(r"AUC not defined: there is one class only\n", shown.stdout)
     losses = [row["valid/logloss"] for row in read_state(work / "own" / "last.pth")["history"]]
@@ -123,7 +134,7 @@ def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
         lines = ["user_id,item_id,tag_id,label", *(",".join(map(str, row)) for row in rows)]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
     md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-    monkeypatch.setattr(datasets, "X1_MD5", {f"{name}.csv": md5[f"{name}.csv"] for name in readers.SPLITS})
+    monkeypatch.setattr(sources, "X1_MD5", {f"{name}.csv": md5[f"{name}.csv"] for name in readers.SPLITS})
     recipe = f"--config={MAIN.parent / 'configs' / 'ctr_movielens_latest.yaml'}"
     here(recipe, *MODEL, "--num_epochs=6", "--max_len=50", "--out_dir=tags", cwd=tmp_path).ok()
     result = read_json(tmp_path / "tags" / "result.json")
@@ -133,7 +144,7 @@ def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- starting from a matching run
 
 
-def test_a_ranker_starts_from_the_weights_of_a_matching_run(work):
+def test_ctr_starts_from_the_weights_of_a_matching_run(work):
     frozen = [
         "--init_from=matching/best.pth",
         "--num_epochs=1",
@@ -142,7 +153,7 @@ def test_a_ranker_starts_from_the_weights_of_a_matching_run(work):
         "--out_dir=started",
     ]
     shown = here(*CTR, *frozen, cwd=work).ok()
-    assert "started from matching/best.pth" in shown.stdout and "new: click_head, inputs" in shown.stdout
+    assert "started from matching/best.pth" in shown.stdout and "new: head, inputs" in shown.stdout
     ours, theirs = (read_state(work / name / "best.pth")["model"] for name in ("started", "matching"))
     assert set(theirs) < set(ours)
     for name, weight in theirs.items():  # ours are averages over steps, but of equal numbers
@@ -153,7 +164,7 @@ INIT = [*CTR, "--num_epochs=1", "--init_from=matching/best.pth"]
 REFUSED = {
     "no such start": ([*CTR, "--init_from=none.pth"], ["--init_from=none.pth", "no such file"]),
     "start of another width": ([*INIT, "--dim=32"], ["--init_from=matching/best.pth", "--dim"]),
-    "start that saw the test": ([*INIT, "--split_seed=1"], ["split_seed=0", "split_seed=1"]),
+    "start that saw the test": ([*INIT, "--positive_from=3"], ["positive_from=4.0", "positive_from=3.0"]),
     "start from other rows": ([*INIT, "--dataset=more.csv"], ["other users or items"]),
     "one day": ([*CTR, "--ctr_split=time"], ["validate with", "--ctr_split=time"]),
     "no ratings": ([*CTR, "--dataset=bare.csv"], ["ratings", "column label"]),
@@ -212,7 +223,7 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
             "num_before": torch.tensor([0]),
         }
         with torch.inference_mode():
-            logit = model.click_head(model.encode(batch)[:, -1])
+            logit = model.head(model.encode(batch)[:, -1])
         assert float(logit.sigmoid()) == pytest.approx(probability, abs=1e-5)
 
 
@@ -234,9 +245,9 @@ def test_many_candidates_of_one_user_become_several_sequences(work, monkeypatch)
     monkeypatch.setattr(data, "MAX_CANDIDATES", 3)
     dataset = load_dataset(DataConfig(dataset="tiny.csv", ctr_split="random"), "ctr")
     table = pd.DataFrame({"user": ["u3"] * 7 + ["u5"], "item": [f"i{i}" for i in (5, 1, 9, 2, 7, 3, 4, 8)]})
-    asked, order = impressions.ask(dataset, table)
-    shown = data.Impressions(asked, "asked", 200)
+    asked, order = rank.ask(dataset, table)
+    shown = data.Impressions(asked, 200, split="asked")
     assert sorted(shown.counts.tolist()) == [1, 1, 3, 3]
     batch = shown.build(np.arange(4))
-    items = batch["candidate_ids"][batch["targets"] > 0]
+    items = batch["candidate_ids"][batch["labels"] >= 0]
     assert dataset.items[items.numpy() - 1].tolist() == table["item"].iloc[order].tolist()

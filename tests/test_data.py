@@ -1,25 +1,27 @@
-"""Leave-one-out, batches, negatives, the cache: by hand, by brute force, over 1 to 3 ranks."""
+"""Leave-one-out, batches, negatives, the cache: by hand, by brute force, over 1 to 3 processes."""
 
-from collections import Counter
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import as_rank, make_dataset, write_csv
+from conftest import as_process, impressions_table, make_dataset, make_impressions, write_csv
+from launch import MAIN
 from scipy.stats import chisquare
 
 import main
-from data import TrainBatches, eval_batches, load_dataset
+from data import TrainBatches, eval_batches, impression_batches, load_dataset
 from model import SequenceRecommender
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig
-from reclm.data import prepare as sequences
-from reclm.data import sources as datasets
 from reclm.data.negatives import NegativeSampler
 from reclm.data.prepare import build_sequences, prepare
+from reclm.data.sources import find_dataset
 from reclm.errors import UserError
 from reclm.nn.losses import LOSSES
+from reclm.run import dist
 
 # Users of 1, 2, 3, 5 and 300 items.
 FIVE = [[7], [1, 2], [3, 4, 5], [6, 1, 7, 2, 5], [1 + i % 8 for i in range(300)]]
@@ -72,6 +74,14 @@ def test_leave_one_out_by_hand():
     rows = rows_by_user(epoch_of(batches_of(dataset, max_len=4)))
     long = FIVE[4][:298]
     assert rows == {1: ([1], [2]), 3: ([6, 1], [1, 7]), 4: (long[-5:-1], long[-4:])}
+
+
+def test_whose_each_row_is_and_whether_it_trains():
+    dataset = make_dataset(FIVE)
+    rows = [(user, place) for user, items in enumerate(FIVE) for place in range(len(items))]
+    assert list(zip(dataset.owner.tolist(), dataset.place.tolist(), strict=True)) == rows
+    held_out = {(user, len(FIVE[user]) - back) for user in (2, 3, 4) for back in (1, 2)}
+    assert dataset.in_training.tolist() == [row not in held_out for row in rows]
 
 
 @pytest.mark.parametrize(("split", "held_out"), [("valid", 2), ("test", 1)])
@@ -255,25 +265,6 @@ def test_similar_lengths_lie_together():
     assert batches.num_targets / cells > 0.9  # about 0.55 in random order
 
 
-def test_random_windows_move_long_histories_only():
-    """Any window of the training items comes, as often as any other; short histories stay whole."""
-    dataset = make_dataset(FIVE)
-    batches = batches_of(dataset, max_len=290, random_windows=1.0)
-    seen = Counter()
-    for epoch in range(800):
-        rows = rows_by_user(epoch_of(batches, epoch))
-        assert rows[3] == ([6, 1], [1, 7])
-        inputs, targets = rows[4]
-        assert len(inputs) == 290 and inputs[1:] == targets[:-1]
-        seen[inputs[0]] += 1
-    assert batches.num_targets == 290 + 2 + 1
-    # 298 training items have 8 windows of 291, which begin with 8 different items.
-    assert len(seen) == 8 and max(seen.values()) < 2 * min(seen.values())
-    half = batches_of(dataset, max_len=290, random_windows=0.5)
-    last = sum(rows_by_user(epoch_of(half, epoch))[4][0][0] == FIVE[4][7] for epoch in range(400))
-    assert 0.45 < last / 400 < 0.67  # one half, and an eighth of the other one
-
-
 def test_pad_to_max_len(tiny_dataset):
     widths = {
         pad_to: [
@@ -312,7 +303,8 @@ def test_padding_never_enters_the_loss(tiny_dataset, name, how):
 def test_gradient_accumulation_changes_nothing(tiny_dataset, loss, share):
     loss = LossConfig(loss=loss, num_negatives=6, share_negatives=share)
     model = model_for(tiny_dataset, loss)
-    run = SimpleNamespace(model=model, parallel=model, optimizer=torch.optim.SGD(model.parameters()))
+    optimizer, device = torch.optim.SGD(model.parameters()), torch.device("cpu")
+    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer, device=device)
     results = []
     for parts in (1, 3):
         step, micro, num = epoch_of(batches_of(tiny_dataset, loss=loss, grad_accum_steps=parts))[1]
@@ -453,26 +445,26 @@ def test_a_history_of_all_items_is_refused():
         batches_of(dataset, loss=LossConfig(**loss | {useful: not loss[useful]}))
 
 
-# ---------------------------------------------------------------- ranks
+# ---------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"loss": "softmax"}])
-def test_ranks_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
+def test_processes_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
     loss = LossConfig(num_negatives=4, **loss)
     whole = epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7))
     parts = []
-    for rank in range(world):
-        as_rank(monkeypatch, rank, world)
+    for process in range(world):
+        as_process(monkeypatch, process, world)
         parts.append(epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7)))
         assert [(step, num) for step, _, num in parts[-1]] == [(step, num) for step, _, num in whole]
     for step, (_, [batch], _) in enumerate(whole):
         pieces = [part[step][1][0] for part in parts]
-        for rank, piece in enumerate(pieces):
+        for process, piece in enumerate(pieces):
             for name, tensor in batch.items():
                 shared = name == "negatives" and loss.share_negatives
-                if len(batch["lengths"]) > rank:
-                    assert torch.equal(piece[name], tensor if shared else tensor[rank::world]), name
+                if len(batch["lengths"]) > process:
+                    assert torch.equal(piece[name], tensor if shared else tensor[process::world]), name
                 else:
                     assert not piece["targets"].any()
         counted = sum((piece["targets"] != 0).sum() for piece in pieces)
@@ -480,33 +472,33 @@ def test_ranks_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
 
 
 def test_a_batch_smaller_than_the_world(tiny_dataset, monkeypatch):
-    as_rank(monkeypatch, 2, 3)
+    as_process(monkeypatch, 2, 3)
     loss = LossConfig(num_negatives=4)
     model = model_for(tiny_dataset, loss)
     for _, [batch], num_targets in epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=1)):
         assert len(batch["lengths"]) == 1 and not batch["targets"].any() and num_targets > 0
     loss_sum = model(batch)
-    loss_sum.backward()  # the rank still takes part in the gradient: all zeros, none missing
+    loss_sum.backward()  # the process still takes part in the gradient: all zeros, none missing
     assert loss_sum.item() == 0.0
     assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
 
 
-def test_fewer_users_than_ranks_are_refused(monkeypatch):
+def test_fewer_users_than_processes_are_refused(monkeypatch):
     dataset = make_dataset([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 4]])  # two to train on
-    as_rank(monkeypatch, 0, 2)
+    as_process(monkeypatch, 0, 2)
     batches_of(dataset)
-    as_rank(monkeypatch, 0, 3)
-    with pytest.raises(UserError, match="3 ranks, but only 2 sequences"):
+    as_process(monkeypatch, 0, 3)
+    with pytest.raises(UserError, match="3 processes, but only 2 sequences"):
         batches_of(dataset)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeypatch, world, batch_size):
+def test_processes_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeypatch, world, batch_size):
     whole = list(eval_batches(tiny_dataset, "test", 20, batch_size))
     parts = []
-    for rank in range(world):
-        as_rank(monkeypatch, rank, world)
+    for process in range(world):
+        as_process(monkeypatch, process, world)
         parts.append(list(eval_batches(tiny_dataset, "test", 20, batch_size)))
     users = sorted(user for part in parts for batch in part for user in batch["user_ids"].tolist())
     assert users == tiny_dataset.ranked_users.tolist()
@@ -514,7 +506,52 @@ def test_ranks_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeyp
         assert equal_batches(batch, parts[i % world][i // world])
 
 
-# ---------------------------------------------------------------- the cache
+@pytest.mark.parametrize("what", ["training", "evaluation", "impressions"])
+def test_the_share_of_the_data_is_not_the_number_of_the_process(tiny_dataset, monkeypatch, what):
+    """Where the tensors of a model lie on several processes, these read the same batches: here two of six
+    have each of three shares."""
+
+    def share():
+        if what == "training":
+            batches = epoch_of(batches_of(tiny_dataset, loss=LossConfig(num_negatives=4), batch_size=7))
+            return [batch for _, micro, _ in batches for batch in micro]
+        if what == "evaluation":
+            return list(eval_batches(tiny_dataset, "test", 20, 7))
+        return list(impression_batches(make_impressions(impressions_table()), "test", 5, 2))
+
+    shares = []
+    for process in range(3):
+        as_process(monkeypatch, process, 3)
+        shares.append(share())
+    monkeypatch.setattr(dist, "num_processes", lambda: 6)
+    for process in range(6):
+        monkeypatch.setattr(dist, "rank", lambda process=process: process)
+        monkeypatch.setattr(dist, "data_rank", lambda process=process: process // 2)
+        ours = share()
+        for number, other in enumerate(shares):
+            same = len(ours) == len(other) and all(map(equal_batches, ours, other))
+            assert same == (number == process // 2), (process, number)
+
+
+# ---------------------------------------------------------------- preparing, and the cache
+
+
+def test_preparing_needs_no_torch():
+    """What reclm/data makes can be made, and read, by any program with numpy and pandas."""
+    names = [f"reclm.data.{path.stem}" for path in (MAIN.parent / "reclm" / "data").glob("[a-z]*.py")]
+    assert len(names) > 5
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=MAIN.parent, capture_output=True, text=True)
+    assert shown.stdout == "False\n", shown.stderr
+
+
+def test_texts_of_items_are_prepared(tmp_path):
+    file = write_csv(tmp_path / "a.csv", [(u, i, 1, i) for u in range(3) for i in range(4)])
+    assert len(load_dataset(DataConfig(dataset=str(file))).titles) == 0
+    (tmp_path / "a.items.csv").write_text("item,title,genres\n2,Two (1990),War|Drama\n0,None,\n")
+    dataset = load_dataset(DataConfig(dataset=str(file)))
+    assert dataset.titles.tolist() == ["None", "", "Two (1990)", ""]
+    assert dataset.genre_names.tolist() == ["", "", "War|Drama", ""]
 
 
 def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
@@ -532,7 +569,7 @@ def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
     def fail(source):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(sequences, "read_dataset", fail)
+    monkeypatch.setattr("reclm.data.prepare.read_dataset", fail)
     again = load_dataset(cfg)
     assert again.item_ids.tolist() == first.item_ids.tolist() and again.fingerprint == first.fingerprint
     assert again.notes == first.notes and again.protocol == first.protocol
@@ -543,7 +580,7 @@ def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
 def test_changed_file_is_read_again(tmp_path):
     rows = [(u, i, 1, i) for u in range(3) for i in range(4)]
     file = write_csv(tmp_path / "a.csv", rows)
-    source = datasets.find_dataset(str(file), tmp_path)
+    source = find_dataset(str(file), tmp_path)
     cfg = DataConfig()
     first = prepare(source, cfg)
     assert prepare(source, cfg) == first != prepare(source, DataConfig(min_item_count=2))
@@ -558,16 +595,16 @@ def test_a_failing_prepare_leaves_nothing(tmp_path, monkeypatch, when):
     cache = tmp_path / "cache"
     monkeypatch.setenv("RECLM_CACHE", str(cache))
     file = write_csv(tmp_path / "a.csv", [(u, i, 1, i) for u in range(3) for i in range(4)])
-    source = datasets.find_dataset(str(file), tmp_path)
+    source = find_dataset(str(file), tmp_path)
 
     def fail(*args):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         if when == "reading":
-            patch.setattr(sequences, "read_dataset", fail)
+            patch.setattr("reclm.data.prepare.read_dataset", fail)
         else:
-            patch.setattr(sequences.json, "dumps", fail)  # after the arrays
+            patch.setattr("reclm.data.prepare.json.dumps", fail)  # after the arrays
         with pytest.raises(OSError, match="disk full"):
             prepare(source, DataConfig())
     assert not cache.exists() or list(cache.iterdir()) == []

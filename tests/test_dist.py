@@ -21,7 +21,7 @@ init, left = torch.distributed.init_process_group, 0
 for number in range(100):
     # Met in a file: a hundred free ports would be a hundred chances that another process takes one.
     store = torch.distributed.FileStore(f"{sys.argv[1]}/{number}", 2)
-    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), num_processes=2)
+    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), world_size=2)
     try:
         with dist.distributed():
             group = weakref.ref(torch.distributed.group.WORLD)
@@ -35,15 +35,15 @@ def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
     """A race of threads, lost in 3 of 36 stopped runs (see reclm/run/dist.py): so a hundred times. The last group
     is gone before the interpreter is."""
     launched = environment({"WORLD_SIZE": "2"})
-    ranks = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVE_AT_A_BARRIER, str(tmp_path)], cwd=MAIN.parent, text=True,
-            stdout=subprocess.PIPE, env=launched | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE, env=launched | {"RANK": str(i), "LOCAL_RANK": str(i)},
         )
-        for r in range(2)
+        for i in range(2)
     ]  # fmt: skip
     try:
-        assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["100 None\n"] * 2
+        assert [process.communicate(timeout=60)[0] for process in processes] == ["100 None\n"] * 2
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in processes:
+            process.kill()

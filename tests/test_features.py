@@ -1,18 +1,27 @@
 """Side tables and matrices: codes by hand, content in the item table, files that do not fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import impressions_table, make_dataset, make_impressions
 from safetensors.numpy import save_file
 from test_model import build, random_batch
 
 from model import SequenceRecommender
-from reclm.config import LossConfig, ModelConfig
+from reclm.config import LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Vocabulary
-from reclm.data.features import load_features, profile_codes, rating_levels, word_codes
+from reclm.data.features import (
+    choose_inputs,
+    item_texts,
+    load_features,
+    profile_codes,
+    rating_levels,
+    word_codes,
+)
 from reclm.errors import UserError
 from reclm.nn.inputs import ItemContent
 
@@ -35,18 +44,28 @@ def test_profile_codes():
     assert profile_codes(None, np.arange(3)).shape == (3, 0)
 
 
+ITEMS = pd.DataFrame(
+    {
+        "item": [10, 20, 30],
+        "title": ["The Thing (1982)", "The Fly (1986)", "Fly Away"],
+        "genres": ["Horror|Sci-Fi", "Horror", ""],
+    }
+)
+
+
 def test_word_codes():
-    table = pd.DataFrame(
-        {
-            "item": [10, 20, 30],
-            "title": ["The Thing (1982)", "The Fly (1986)", "Fly Away"],
-            "genres": ["Horror|Sci-Fi", "Horror", ""],
-        }
-    )
-    words = word_codes(table, np.array([30, 10, 20, 40]))
+    words = word_codes(ITEMS, np.array([30, 10, 20, 40]))
     assert words["genres"].tolist() == [[0, 0], [1, 2], [1, 0], [0, 0]]
     assert words["year"].tolist() == [[0, 0], [2, 1], [3, 1], [0, 0]]  # 1980s, 1982, 1986
     assert words["title"].tolist() == [[1, 0], [2, 0], [1, 2], [0, 0]]  # fly, the: those of two titles
+
+
+def test_texts_as_they_stand_in_the_item_table():
+    texts = item_texts(ITEMS, np.array([30, 10, 40]))  # of the last one nothing is known
+    assert texts["titles"].tolist() == ["Fly Away", "The Thing (1982)", ""]
+    assert texts["genre_names"].tolist() == ["", "Horror|Sci-Fi", ""]
+    assert item_texts(ITEMS.drop(columns="title"), np.array([10])).keys() == {"genre_names"}
+    assert item_texts(None, np.array([10])) == {}
 
 
 def test_rating_levels():
@@ -93,7 +112,7 @@ NOT_FINITE[1:3, 0] = np.nan
 BAD = {
     "rows": (saved(np.ones((3, 2))), ["has 3 rows", "has 4 items", "same --dataset"]),
     "nan": (saved(NOT_FINITE), ["not finite in 2 rows", "row 1, item 20", "zeros"]),
-    "flat": (saved(np.ones(4)), ["shape (4,)", "one row an item"]),
+    "flat": (saved(np.ones(4)), ["shape (4,)", "one row per item"]),
     "words": (saved(np.array([["a"]] * 4)), ["expected numbers"]),
     "objects": (saved(np.array([[{}]] * 4, dtype=object)), ["truncated or no matrix"]),
     "cut": (lambda path: path.write_bytes(b"\x93NUMPY\x01"), ["truncated or no matrix"]),
@@ -125,6 +144,49 @@ def test_other_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         load_features(str(tmp_path / "c.safetensors"), FOUR)
+
+
+# ---------------------------------------------------------------- what a run uses of the data
+
+
+def test_only_what_is_asked_for_is_an_input():
+    """Contexts are, where the data have them: they are part of what was shown."""
+    table = impressions_table()
+    dataset = replace(make_impressions(table), codes={})
+    plain = choose_inputs(dataset, build_config({"task": "ctr", "action_embedding": False}))
+    assert plain.codes.keys() == {"contexts"} and plain.fingerprint == dataset.fingerprint
+    assert plain.vocabulary.code_sizes == {"contexts": len(table)}
+    with_ratings = choose_inputs(dataset, build_config({"task": "ctr"}))
+    assert with_ratings.codes.keys() == {"contexts", "actions"}
+    assert with_ratings.codes["actions"].tolist() == dataset.ratings.tolist()  # 1 to 5 are the levels
+    assert with_ratings.vocabulary.code_sizes == {"contexts": len(table), "actions": 5}
+    assert with_ratings.fingerprint.startswith(f"{dataset.fingerprint}-")
+    without = choose_inputs(make_impressions(table.drop(columns="rating")), build_config({"task": "ctr"}))
+    assert without.codes["actions"].tolist() == (1 + without.labels).tolist()
+
+
+LACKING = {
+    "profile_tokens": (True, "needs a user table"),
+    "item_features": ("genres", "has no genres of its items"),
+    "action_embedding": (True, "needs ratings"),
+    "negative_below": (3.0, "needs ratings"),
+    "time_tokens": ("embedding", "needs timestamps"),
+    "time_head": (True, "needs timestamps"),
+    "request_time": (True, "needs timestamps"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_the_data_lack_is_refused(name):
+    dataset = make_dataset([[1, 2, 3], [2, 3, 1]])
+    empty = np.zeros(0)
+    dataset = replace(dataset, timestamps=empty, ratings=empty, words={"genres": np.zeros((3, 0), int)})
+    value, why = LACKING[name]
+    more = {"model_name": "hstu"} if name == "request_time" else {}
+    with pytest.raises(UserError, match=rf"--{name}.* made {why}|--{name} {why}, but made has none"):
+        choose_inputs(dataset, build_config({name: value, **more}))
+    chosen = choose_inputs(dataset, build_config({}))
+    assert (chosen.profile_sizes, chosen.codes, chosen.features, len(chosen.negative)) == ((), {}, {}, 0)
 
 
 # ---------------------------------------------------------------- in the item table

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import as_rank, impressions_table, known_before, make_impressions
+from conftest import as_process, impressions_table, known_before, make_impressions
 from test_data import batches_of, epoch_of, equal_batches
 
 from data import impression_batches
@@ -12,7 +12,7 @@ from reclm.errors import UserError
 
 
 def batches_of_split(dataset, split, max_len, batch_size=5, **train):
-    """What a ranker gets of a split: in training an epoch in two micro-batches a step."""
+    """What ctr gets of a split: in training an epoch in two micro-batches a step."""
     if split != "train":
         return list(impression_batches(dataset, split, max_len, batch_size))
     train = {"batch_size": batch_size, "grad_accum_steps": 2} | train
@@ -22,7 +22,7 @@ def batches_of_split(dataset, split, max_len, batch_size=5, **train):
 def shown_in(batches):
     """(batch, sequence, candidate) of all candidates that are no padding."""
     for batch in batches:
-        for row, column in (batch["targets"] > 0).nonzero().tolist():
+        for row, column in (batch["labels"] >= 0).nonzero().tolist():
             yield batch, row, column
 
 
@@ -45,7 +45,7 @@ def test_each_impression_once_behind_what_came_before_it(history, max_len, split
         assert dataset.items[batch["candidate_ids"][row, column] - 1] == file["item"][place]
         assert dataset.users[batch["user_ids"][row]] == file["user"][place]
         assert batch["candidate_times"][row, column] == file["timestamp"][place]
-        assert batch["targets"][row, column] == 1 + file["label"][place]
+        assert batch["labels"][row, column] == file["label"][place]
         assert dataset.contexts[batch["rows"][row, column]] == place + 1
         past = before[place]
         assert min(len(past), -(-max_len // 2)) <= seen <= min(len(past), max_len)
@@ -64,7 +64,8 @@ def test_each_impression_once_behind_what_came_before_it(history, max_len, split
 def test_nothing_lies_in_the_padding(split):
     dataset = make_impressions(impressions_table())
     for batch in batches_of_split(dataset, split, 5):
-        count = (batch["targets"] > 0).sum(1)
+        count = (batch["labels"] >= 0).sum(1)
+        assert (batch["labels"][torch.arange(batch["labels"].shape[1]) >= count[:, None]] == -1).all()
         for names, lengths in (
             (("item_ids", "timestamps", "contexts"), batch["lengths"]),
             (("candidate_ids", "history_lengths", "candidate_times", "candidate_contexts", "rows"), count),
@@ -82,22 +83,22 @@ def test_an_epoch_counts_its_targets(monkeypatch):
     assert len(epoch) == len(batches)
     assert sum(num for _, _, num in epoch) == batches.num_targets == (table["split"] == "train").sum()
     for _, micro, num in epoch:
-        assert num == sum((batch["targets"] > 0).sum() for batch in micro)
+        assert num == sum((batch["labels"] >= 0).sum() for batch in micro)
         assert {batch["item_ids"].shape[1] for batch in micro} == {5}
     others = epoch_of(batches, 1)
     assert sorted(contexts_of([epoch[0][1][0]])) != sorted(contexts_of([others[0][1][0]]))
-    as_rank(monkeypatch, 0, 300)
-    with pytest.raises(UserError, match=r"300 ranks, but only \d+ sequences"):
+    as_process(monkeypatch, 0, 300)
+    with pytest.raises(UserError, match=r"300 processes, but only \d+ sequences"):
         batches_of(dataset, 5)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("split", SPLITS)
-def test_ranks_together_have_what_one_has(monkeypatch, split, world):
+def test_processes_together_have_what_one_has(monkeypatch, split, world):
     dataset = make_impressions(impressions_table())
     whole, parts = batches_of_split(dataset, split, 5, grad_accum_steps=1), []
-    for rank in range(world):
-        as_rank(monkeypatch, rank, world)
+    for process in range(world):
+        as_process(monkeypatch, process, world)
         parts.append(batches_of_split(dataset, split, 5, grad_accum_steps=1))
     together = [batch for part in parts for batch in part]
     assert sorted(contexts_of(together)) == sorted(contexts_of(whole))
@@ -105,12 +106,12 @@ def test_ranks_together_have_what_one_has(monkeypatch, split, world):
         if split != "train":  # whole batches are dealt out
             assert equal_batches(batch, parts[number % world][number // world])
             continue
-        for rank, part in enumerate(parts):  # each has its rows of every batch
-            mine = {name: value[rank::world] for name, value in batch.items()}
+        for process, part in enumerate(parts):  # each has its rows of every batch
+            mine = {name: value[process::world] for name, value in batch.items()}
             if len(mine["lengths"]):
                 assert equal_batches(mine, part[number])
             else:
-                assert not part[number]["targets"].any()
+                assert (part[number]["labels"] == -1).all()
 
 
 def test_whose_history_is_empty():

@@ -1,9 +1,9 @@
-"""Records of a run: once, on the main rank, complete after a resume."""
+"""Records of a run: once, in the main process, complete after a resume."""
 
 import json
 
 import pytest
-from conftest import as_rank
+from conftest import as_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reclm.run.logger import Logger, plot_curves, say, write_json
@@ -43,8 +43,8 @@ def test_resume_rewrites_the_history(tmp_path):
     assert lines(tmp_path) == [row(0), row(1), row(2)]
 
 
-def test_other_ranks_write_nothing(tmp_path, monkeypatch, capfd):
-    as_rank(monkeypatch, 1, 2)
+def test_other_processes_write_nothing(tmp_path, monkeypatch, capfd):
+    as_process(monkeypatch, 1, 2)
     logger = Logger(tmp_path, [])
     logger.start_epoch(0, 4, 0)
     logger.step(1.0, 1.0)
@@ -54,7 +54,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, capfd):
     write_json(tmp_path / "result.json", {})
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
-    assert logger.history == [row(0)]  # a checkpoint of any rank would hold it
+    assert logger.history == [row(0)]  # a checkpoint of any process would hold it
 
 
 def test_say_and_write_json(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The user's commands from end to end: ranks, files, resume, signals. Tiny data, real processes."""
+"""The user's commands from end to end: processes, files, resume, signals. Tiny data, real processes."""
 
 import errno
 import os
@@ -12,6 +12,7 @@ from launch import (
     TINY,
     Running,
     here,
+    in_small_batches,
     is_running,
     read_json,
     read_rows,
@@ -21,25 +22,28 @@ from launch import (
     write_csv,
 )
 
+import evaluate
 import main
 from reclm.errors import UserError
 from reclm.run import checkpoint, dist
+from reclm.run.process import StopRequest
 
-# What a run on two ranks and one on three have in common: each rank draws its own dropout. With three
-# rows a step or fewer, the third rank has none in some of the steps. A constant learning rate, so that
+# What a run on two processes and one on three have in common: each process draws its own dropout. With three
+# rows a step or fewer, the third process has none in some of the steps. A constant learning rate, so that
 # the first epochs are the same however many are to follow.
-SAME = [*TINY, "--dataset=tiny.csv", "--batch_size=3", "--dropout=0", "--schedule=constant"]
+LONGER = ["--dataset=tiny.csv", *TINY, "--lr_min=1"]
+SAME = [*LONGER, "--batch_size=3", "--dropout=0"]
 SLOW = [*TINY, "--dataset=tiny.csv", "--batch_size=1", "--num_epochs=4", "--out_dir=run"]
-SLOW += ["--max_len=6", "--random_windows=.5", "--ema=.9"]
+SLOW += ["--max_len=6", "--ema=.9"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder where both commands of the README have been run on two ranks."""
+    """A folder where both commands of the README have been run on two processes."""
     cwd = tmp_path_factory.mktemp("trained")
     write_csv(cwd / "tiny.csv")
     shown = torchrun(2, "--eval_only=false", *SAME, "--num_epochs=16", cwd=cwd).ok()
-    assert shown.stdout.count("TEST, best validation epoch") == 1  # one rank speaks for all
+    assert shown.stdout.count("TEST, best validation epoch") == 1  # one process speaks for all
     shown = torchrun(2, "--eval_only=true", "--ckpt_name=epoch_15.pth", cwd=cwd).ok()
     assert shown.stdout.count("TEST of") == shown.stdout.count("written to") == 1
     return cwd
@@ -101,12 +105,15 @@ def test_it_learns(trained):
     assert rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
-def test_evaluation_does_not_depend_on_ranks(trained):
-    folder = run_dir(trained)
+def test_evaluation_does_not_depend_on_processes(trained, tmp_path, monkeypatch):
+    """Nor on how many users are ranked at once: in the fixture all of them, here 7."""
+    folder, flags = run_dir(trained), ["--eval_only=true", "--ckpt_name=epoch_15.pth"]
     results = [read_json(folder / "eval-epoch_15.json")]
-    for launch in (here, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
-        launch("--eval_only=true", "--ckpt_name=epoch_15.pth", "--eval_batch_size=7", cwd=trained).ok()
-        results.append(read_json(folder / "eval-epoch_15.json"))
+    monkeypatch.setattr(evaluate, "USERS_AT_ONCE", 7)
+    here(*flags, cwd=trained).ok()
+    results.append(read_json(folder / "eval-epoch_15.json"))
+    torchrun(3, *flags, cwd=trained, program=in_small_batches(tmp_path)).ok()
+    results.append(read_json(folder / "eval-epoch_15.json"))
     assert [result["num_processes"] for result in results] == [2, 1, 3]
     for split in ("valid", "test"):
         assert results[0][split] == results[1][split] == results[2][split]
@@ -141,8 +148,8 @@ def test_config_yaml_makes_the_run_again(tmp_path):
     assert read_rows(tmp_path / "c")[0]["loss"] != read_rows(tmp_path / "a")[0]["loss"]
 
 
-def test_training_does_not_depend_on_ranks(trained, tmp_path):
-    """batch_size is that of ALL ranks; of three ranks one has no row in any step."""
+def test_training_does_not_depend_on_processes(trained, tmp_path):
+    """batch_size is that of ALL processes; of three one has no row in some of the steps."""
     write_csv(tmp_path / "tiny.csv")
     flags = [*SAME, "--num_epochs=1"]
     here(*flags, "--out_dir=on1", cwd=tmp_path).ok()
@@ -167,15 +174,15 @@ def saved_epoch(folder: Path) -> int:
     return int(names[-1][6:-4]) if names else -1
 
 
-def test_two_ranks_stopped_then_one_killed_then_finished(trained, tmp_path):
-    """SIGTERM saves the middle of an epoch; a rank that dies takes the other one down; and what goes on
+def test_two_processes_stopped_then_one_killed_then_finished(trained, tmp_path):
+    """SIGTERM saves the middle of an epoch; a process that dies takes the other one down; and what goes on
     from there is, to the last bit, the run that nothing disturbed."""
     write_csv(tmp_path / "tiny.csv")
     folder, command = tmp_path / "run", [*SAME, "--out_dir=run", "--resume=auto"]  # auto: new at first
 
     run = Running(2, *command, "--num_epochs=16", cwd=tmp_path)
     run.wait_until(lambda: saved_epoch(folder) >= 0)
-    os.killpg(run.process.pid, signal.SIGTERM)  # torchrun's; its ranks are groups of their own
+    os.killpg(run.process.pid, signal.SIGTERM)  # torchrun's; those that it started are groups of their own
     shown = run.finish(15)
     assert shown.code != 0
     assert shown.stdout.count("stopped at epoch") == 1
@@ -185,7 +192,7 @@ def test_two_ranks_stopped_then_one_killed_then_finished(trained, tmp_path):
 
     run = Running(2, *command, "--num_epochs=16", cwd=tmp_path)
     run.wait_until(lambda: saved_epoch(folder) >= stopped["epoch"])
-    pids = run.ranks()
+    pids = run.processes()
     assert sorted(pids) == [0, 1]
     os.kill(pids[1], signal.SIGKILL)
     shown = run.finish(20)
@@ -201,8 +208,8 @@ def test_two_ranks_stopped_then_one_killed_then_finished(trained, tmp_path):
 
 
 def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
-    """With dropout, a schedule, random windows and averaged weights, whose next values must be those of the
-    undisturbed run."""
+    """With dropout, a schedule and averaged weights, whose next values must be those of the undisturbed
+    run."""
     write_csv(tmp_path / "tiny.csv")
     here(*SLOW, "--out_dir=whole", cwd=tmp_path).ok()
     state = read_state(tmp_path / "whole" / "last.pth")
@@ -228,16 +235,18 @@ def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
     assert len(read_rows(folder)) == 4 and not list(folder.glob(".*"))
 
 
-def test_dropout_is_a_function_of_seed_epoch_step_and_rank(monkeypatch):
-    def draw(*place: int, rank: int) -> float:
-        monkeypatch.setenv("RANK", str(rank))
+def test_dropout_is_a_function_of_seed_epoch_step_and_share_of_the_data(monkeypatch):
+    def draw(*place: int, process: int) -> float:
+        monkeypatch.setenv("RANK", str(process))
         checkpoint.seed_step(*place)
         return torch.rand(()).item()
 
     places = [(seed, epoch, step) for seed in (0, 1) for epoch in (0, 1) for step in range(5)]
-    draws = [draw(*place, rank=rank) for place in places for rank in range(3)]
+    draws = [draw(*place, process=process) for place in places for process in range(3)]
     assert len(set(draws)) == len(draws)
-    assert draws == [draw(*place, rank=rank) for place in places for rank in range(3)]
+    assert draws == [draw(*place, process=process) for place in places for process in range(3)]
+    monkeypatch.setattr(dist, "data_rank", lambda: 1)  # processes that read the same batches
+    assert draw(0, 0, 0, process=0) == draw(0, 0, 0, process=2) == draws[1]
 
 
 def stop_after(monkeypatch, number: int) -> None:
@@ -248,7 +257,7 @@ def stop_after(monkeypatch, number: int) -> None:
         steps.append(1)
         return len(steps) == number
 
-    monkeypatch.setattr(dist.StopRequest, "__bool__", stopped)
+    monkeypatch.setattr(StopRequest, "__bool__", stopped)
 
 
 @pytest.mark.parametrize("step", [1, 5])  # of 5 steps in an epoch
@@ -265,10 +274,10 @@ def test_stopped_in_the_first_or_the_last_step_of_an_epoch(tmp_path, monkeypatch
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
-    """What dist.StopRequest promises."""
+    """What StopRequest promises."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        request = dist.StopRequest()
+        request = StopRequest()
         assert not request
         signal.raise_signal(signal.SIGINT)
         assert request and request.signal == signal.SIGINT
@@ -284,8 +293,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
 
 def test_resume_auto_finds_runs_latest(tmp_path):
     write_csv(tmp_path / "tiny.csv")
-    flags = ["--dataset=tiny.csv", *TINY]
-    here(*flags, "--num_epochs=1", cwd=tmp_path).ok()
+    here(*LONGER, "--num_epochs=1", cwd=tmp_path).ok()
     here("--resume=auto", "--num_epochs=2", cwd=tmp_path).ok()
     assert len(list((tmp_path / "runs").glob("2*"))) == 1
     assert [row["epoch"] for row in read_rows(run_dir(tmp_path))] == [0, 1]
@@ -295,7 +303,7 @@ def test_resume_auto_finds_runs_latest(tmp_path):
 def test_resume_auto_finds_a_named_run_through_latest(tmp_path, resume):
     """runs/latest points at runs/mine, whose out_dir was named by the user."""
     write_csv(tmp_path / "tiny.csv")
-    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=runs/mine", cwd=tmp_path).ok()
+    here(*LONGER, "--num_epochs=1", "--out_dir=runs/mine", cwd=tmp_path).ok()
     assert run_dir(tmp_path).name == "mine"
     shown = here(*resume, "--num_epochs=2", cwd=tmp_path)
     assert shown.code == 0, shown.text
@@ -306,7 +314,7 @@ def test_resume_auto_finds_a_named_run_through_latest(tmp_path, resume):
 def test_resume_by_absolute_path(tmp_path, moved):
     """A run goes on in the folder of its checkpoint, also after that folder was moved."""
     write_csv(tmp_path / "tiny.csv")
-    here("--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
+    here(*LONGER, "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
     folder = tmp_path / ("other" if moved else "run")
     (tmp_path / "run").rename(folder)
     shown = here(f"--resume={folder / 'last.pth'}", "--num_epochs=2", cwd=tmp_path)
@@ -359,8 +367,8 @@ def test_keep_last_spares_what_is_named(tmp_path):
 
 def test_patience_stops_early(tmp_path):
     write_csv(tmp_path / "tiny.csv")
-    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=50", "--patience=2", "--out_dir=run"]
-    shown = here(*flags, "--lr=1e-9", "--schedule=constant", cwd=tmp_path).ok()  # nothing changes
+    flags = [*LONGER, "--num_epochs=50", "--patience=2", "--out_dir=run"]
+    shown = here(*flags, "--lr=1e-9", cwd=tmp_path).ok()  # nothing changes
     assert "stopping early" in shown.stdout
     rows = read_rows(tmp_path / "run")
     result = read_json(tmp_path / "run" / "result.json")
@@ -429,6 +437,7 @@ def test_checkpoint_holds_nothing_but_data(trained):
     assert state["config"]["dim"] == 16 and state["dataset"] == "tiny"
     assert [row["epoch"] for row in state["history"]] == list(range(16))
     assert not any(name.startswith("module.") for name in state["model"])
+    assert state["vocabulary"]["num_items"] == len(state["items"]) == 25 and "i7" in state["items"]
     main.Progress(**state["progress"])
 
 

@@ -5,12 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launch import MAIN, Running, here, python, read_json, write_csv
 from test_embed import SENTENCES
 
-from reclm.config import SECTIONS
+from reclm.config import FIELDS
 
 ROOT = MAIN.parent
 README = (ROOT / "README.md").read_text()
@@ -86,7 +87,7 @@ def test_the_commands_for_rows_and_tokens(folder):
 
 
 def test_the_commands_for_ctr(folder):
-    """As they stand, but for the length of the training and, the seconds saved, the number of ranks."""
+    """As they stand, but for the length of the training and, the seconds saved, the number of processes."""
     section = README.partition("## CTR prediction")[2].partition("\n## ")[0]
     assert len(section.splitlines()) <= 25
     train, evaluate, rank, _, match, start = CTR
@@ -114,8 +115,7 @@ def test_every_command_is_tried_or_is_the_test_command():
 
 
 def test_every_flag_exists():
-    names = {name for cls in SECTIONS.values() for name in cls.__dataclass_fields__}
-    names |= {"standalone", "nproc_per_node", "config", "help"}
+    names = FIELDS.keys() | {"standalone", "nproc_per_node", "config", "help"}
     for script in (ROOT / "scripts").rglob("*.py"):
         names |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text()))
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -123,15 +123,28 @@ def test_every_flag_exists():
     assert set(re.findall(r"--([a-z_]+)", ours)) <= names
 
 
+def test_the_number_of_settings():
+    assert f"({len(FIELDS)} in all)" in README
+
+
 def test_every_named_file_exists():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     paths = re.findall(r"--config=(configs/\S+?\.yaml)", README)
-    scripts = re.findall(r"`((?:scripts|reclm)/\S+?\.(?:py|sh))`", README)
+    scripts = re.findall(r"`((?:scripts|reclm)/[\w/]+\.(?:py|sh))`", README)
     assert links and paths and scripts
     assert [path for path in links + paths + scripts if not (ROOT / path).exists()] == []
 
 
 def test_every_module_is_in_the_map():
-    package = {path.name for path in (ROOT / "reclm").glob("*.py")} - {"__init__.py", "errors.py"}
-    spine = {path.name for path in ROOT.glob("*.py")}
-    assert {name for name in package | spine if name not in README} == set()
+    """And nothing else; of the package by its room."""
+    section = README.partition("## The code")[2].partition("\n## ")[0]
+    found, room = set(), Path()
+    for line in section.splitlines():
+        if heading := re.match(r"\| \*\*`(\w+)/`\*\*", line):
+            room = Path("reclm", heading[1])
+        elif "`reclm/`" in line:
+            room = Path("reclm")
+        elif line.startswith("| `"):
+            found |= {room / name for name in re.findall(r"`(\w+\.py)`", line.split("|")[1])}
+    modules = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "reclm").rglob("*.py")]}
+    assert found == {path for path in modules if path.name != "__init__.py"}

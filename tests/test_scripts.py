@@ -34,9 +34,9 @@ def test_mean_and_sample_deviation(tmp_path):
     assert "seeds     0, 1, 2" in shown and "minutes   1.5, 1.5, 1.5" in shown
 
 
-def test_a_ranker_has_metrics_of_its_own(tmp_path):
-    clicks = ("logloss", "AUC", "GAUC", "NE")
-    folders = [write_result(tmp_path / str(i), i, 0.5 + i / 10, "CTR", clicks) for i in range(2)]
+def test_ctr_has_metrics_of_its_own(tmp_path):
+    names = ("logloss", "AUC", "GAUC", "NE")
+    folders = [write_result(tmp_path / str(i), i, 0.5 + i / 10, "CTR", names) for i in range(2)]
     shown = run(*folders).stdout
     assert "valid     AUC 0.5500 ± 0.0707" in shown and "test      logloss 0.5500" in shown
     assert "NDCG" not in shown and "protocol  CTR\n" in shown

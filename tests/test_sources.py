@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reclm.data import download, readers
-from reclm.data import sources as datasets
+from reclm.data import download, readers, sources
 from reclm.data.sources import find_dataset, read_dataset
 from reclm.errors import UserError
 
@@ -312,7 +311,7 @@ def test_automatic_order(no_network, monkeypatch, tmp_path):
     assert re.search("cannot be downloaded: training on MovieLens-100K instead", source.notes[0])
     assert "refused" in source.notes[0]
     assert len(calls) == 1
-    monkeypatch.setattr(datasets, "fetch_wheel", None)  # a copy in data_dir comes first
+    monkeypatch.setattr(sources, "fetch_wheel", None)  # a copy in data_dir comes first
     find_dataset(None, tmp_path)
     write(tmp_path / "ml-100k" / "u.data", "1\t2\t3\t4\n")
     source = find_dataset(None, tmp_path)
@@ -351,7 +350,7 @@ M1_RATINGS = (
 
 def test_m1_from_the_hub_joined_with_ratings(server, monkeypatch, tmp_path):
     serve_m1(server, monkeypatch)
-    with pytest.raises(UserError, match="not chronological.*--unordered_ok=true"):
+    with pytest.raises(UserError, match=r"not chronological.*need .*ml-1m/ratings\.dat.*--dataset=ml-1m"):
         find_dataset("ml-1m-m1", tmp_path)
     write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS)
     source = find_dataset("ml-1m-m1", tmp_path)
@@ -363,16 +362,13 @@ def test_m1_from_the_hub_joined_with_ratings(server, monkeypatch, tmp_path):
         read_dataset(source)
 
 
-def test_m1_unordered(server, monkeypatch, tmp_path):
+def test_m1_lists_are_checked(server, monkeypatch, tmp_path):
     serve_m1(server, monkeypatch)
-    source = find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
-    assert "NOT chronological" in source.protocol and source.notes
-    data = read_dataset(source).interactions.sort_values("user", kind="stable")
-    assert data.item.tolist() == [0, 2, 1, 0, 2, 1, 0, 2]
-    assert data.user.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS)
+    source = find_dataset("ml-1m-m1", tmp_path)
     write(source.files[0], "[[1]]")
     with pytest.raises(UserError, match="wrong checksum.*train_data.json"):
-        find_dataset("ml-1m-m1", tmp_path, unordered_ok=True)
+        find_dataset("ml-1m-m1", tmp_path)
 
 
 # ---------------------------------------------------------------- clicks, and trouble with the hub
@@ -391,7 +387,7 @@ def test_x1_from_the_hub(server, monkeypatch, tmp_path, serve):
     assert source.protocol == "MovielensLatest_x1: reczoo's own random split 7:2:1, no timestamps"
     assert "no time" in source.notes[0] and "learn from the future" in source.notes[0]
     assert visible_files(tmp_path / "movielens-latest-x1") == sorted(X1)
-    monkeypatch.setattr(datasets, "fetch_hub", None)  # a copy in data_dir comes first
+    monkeypatch.setattr(sources, "fetch_hub", None)  # a copy in data_dir comes first
     assert find_dataset("movielens-latest-x1", tmp_path) == source
     write(source.files[1], "damaged")
     with pytest.raises(UserError, match="wrong checksum of .*valid.csv"):
@@ -417,10 +413,13 @@ def test_hub_download_failures(server, monkeypatch, tmp_path, serve, trouble):
         monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub client waits and retries
         message = f"cannot download {repo}/{first} .*put the files into"  # no second try
+    given = []
+    if name == "ml-1m-m1":
+        given = [str(write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS).relative_to(tmp_path))]
     with pytest.raises(UserError, match=message) as caught:
-        find_dataset(name, tmp_path, unordered_ok=True)
+        find_dataset(name, tmp_path)
     assert "\n" not in str(caught.value)
-    assert [path for path in visible_files(tmp_path) if "." in path] == []
+    assert [path for path in visible_files(tmp_path) if "." in path] == given
 
 
 @pytest.mark.parametrize("body", [zipped({"a/train.csv": "x"}), b"no zip"])
