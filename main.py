@@ -148,11 +148,15 @@ class Run:
             "progress": vars(self.progress),
             "history": self.history,
             "config": self.cfg.flat(),
-            **checkpoint.about_data(self.dataset),
         }
         if self.cfg.train.ema:
             state["trained"] = self.model.state_dict()
-        dist.on_main(lambda: checkpoint.save_checkpoint(state, self.out_dir, list(names)))
+
+        def write() -> None:
+            whole = state | checkpoint.about_data(self.dataset)
+            checkpoint.save_checkpoint(whole, self.out_dir, list(names))
+
+        dist.on_main(write)
 
 
 def train(given: dict) -> None:

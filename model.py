@@ -249,27 +249,18 @@ class SequenceRecommender(nn.Module):
         ctx: Context,
         caches: list[KVCache] | None = None,
         last: Tensor | None = None,
-    ) -> Tensor:
-        """(B, n, D) -> (B, n, D) in float32, or the outputs of the tokens `last` (B,) alone, (B, 1, D).
-        Where there are `caches`, one for each layer, keys and values go into them."""
+        output: bool = True,
+    ) -> Tensor | None:
+        """(B, n, D) -> (B, n, D) in float32, or the outputs of the tokens `last` (B,) alone, (B, 1, D). Where
+        there are `caches`, one for each layer, keys and values go into them; without `output` only that."""
         caches = caches or [None] * len(self.layers)
-        with self.autocast(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
                 x = layer(x, ctx, cache)
+            if not output:
+                return self.layers[-1].read(x, ctx, caches[-1])
             x = self.layers[-1](x, ctx if last is None else ctx.only(last), caches[-1])
         return self.norm(x.float())
-
-    def read_history(self, x: Tensor, ctx: Context) -> list[KVCache]:
-        """(B, n, D) -> the keys and values of all layers; the top block has no output."""
-        caches = [KVCache() for _ in self.layers]
-        with self.autocast(x):
-            for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
-                x = layer(x, ctx, cache)
-            self.layers[-1].read(x, ctx, caches[-1])
-        return caches
-
-    def autocast(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
 
     def add_user(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(B, n, D) -> (B, n, D), plus the user's own vector (SASRec, arXiv 1808.09781, section III.E)."""
@@ -282,8 +273,8 @@ class SequenceRecommender(nn.Module):
         the only one: it sees its history and itself. The history is read once for all of them (M-FALCON,
         arXiv 2402.17152, section 3.4)."""
         row, _ = self.inputs.lay_out(batch)
-        history = self.context(row)
-        caches = self.read_history(self.embed(row, table), history)
+        history, caches = self.context(row), [KVCache() for _ in self.layers]
+        self.through_blocks(self.embed(row, table), history, caches, output=False)
         candidates = self.inputs.lay_out_candidates(batch)
         size = batch["candidate_ids"].shape[1] if self.training else CANDIDATES_AT_ONCE
         parts = zip(*(value.split(size, dim=1) for value in candidates.values()), strict=True)

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +98,10 @@ def about_data(dataset: Dataset) -> dict:
     def plain(array: np.ndarray) -> torch.Tensor | list[str]:  # numbers, or text: no pickled objects
         return torch.from_numpy(np.array(array)) if array.dtype.kind in "iuf" else array.tolist()
 
-    vocabulary = asdict(dataset.vocabulary)
-    vocabulary["cold_items"] = plain(dataset.cold_items)
-    vocabulary["features"] = {name: plain(rows) for name, rows in dataset.features.items()}
+    vocabulary = vars(dataset.vocabulary) | {
+        "cold_items": plain(dataset.cold_items),
+        "features": {name: plain(rows) for name, rows in dataset.features.items()},
+    }
     names = ("items", "titles", "genre_names")
     return {
         "dataset": dataset.name,
@@ -115,10 +115,9 @@ def about_data(dataset: Dataset) -> dict:
 
 def read_vocabulary(state: dict) -> Vocabulary:
     """The sizes a checkpoint's model was built with, from the file alone."""
-    saved = dict(state["vocabulary"])
-    saved["cold_items"] = saved["cold_items"].numpy()
-    saved["features"] = {name: rows.numpy() for name, rows in saved["features"].items()}
-    return Vocabulary(**saved)
+    saved = state["vocabulary"]
+    features = {name: rows.numpy() for name, rows in saved["features"].items()}
+    return Vocabulary(**saved | {"cold_items": saved["cold_items"].numpy(), "features": features})
 
 
 def load_checkpoint(path: Path) -> dict:
