@@ -24,17 +24,25 @@ from torch import Tensor, nn
 
 from data import TrainBatches, load_dataset
 from evaluate import evaluate
-from model import SequenceRecommender
+from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import Config, build_config
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
-from reclm.errors import UserError
+from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
+from reclm.nn.losses import LOSSES
 from reclm.run import checkpoint, dist, folder, report
 from reclm.run.logger import Logger, say, write_json
-from reclm.run.optim import build_optimizer, learning_rate, update_average
+from reclm.run.optim import OPTIMIZERS, build_optimizer, learning_rate, update_average
 from reclm.run.process import StopRequest
+
+NAMES = {
+    "task": FORWARD,
+    "model_name": BLOCKS,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+}  # settings that choose
 
 
 def main() -> None:
@@ -71,7 +79,10 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
 
 
 def open_dataset(cfg: Config) -> Dataset:
-    """The data with all inputs that this run asks for. Raises UserError where they lack one."""
+    """The data with all inputs that this run asks for. Raises UserError where they lack one; a name that
+    nothing goes by is refused before anything is downloaded."""
+    for setting, known in NAMES.items():
+        choose(setting, cfg.flat()[setting], known)
     dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
     say(report.describe_data(dataset))
     return dataset
