@@ -19,7 +19,7 @@ from pandas.api.types import is_integer_dtype, is_string_dtype
 from reclm.errors import UserError
 
 IDS = ("user", "item")
-RATED = ("user", "item", "rating", "timestamp")  # the columns of GroupLens' files, in their order
+RATED = "user item rating timestamp"  # the columns of GroupLens' files, in their order
 SPLITS = ("train", "valid", "test")
 COLUMNS = {  # the columns of interactions, and what each value must be
     "user": "an id",
@@ -54,38 +54,30 @@ class RawData:
     items: pd.DataFrame | None = None  # item, title ("Toy Story (1995)"), genres ("Action|Comedy")
 
 
+def _read_movielens(files: tuple[Path, ...], *tables: tuple[str, str, str], **options) -> list:
+    """The tables (file name, separator, columns), each None where its file is not among `files`."""
+    path, found = {file.name: file for file in files}, []
+    for name, sep, columns in tables:
+        encoding = "latin-1" if name in ("movies.dat", "u.item") else "utf-8-sig"
+        text = {"encoding": encoding, "names": columns.split(), "dtype": {"zip": str, "year": str}}
+        found.append(_read_text(path[name], sep, **text, **options) if name in path else None)
+    return found
+
+
 def _read_grouplens_1m(files: tuple[Path, ...]) -> RawData:
-    """ratings.dat (user::item::rating::timestamp), and users.dat, movies.dat where present."""
-    path = {file.name: file for file in files}
-    ratings = _read_text(path["ratings.dat"], "::", names=RATED)
-    users = items = None
-    if "users.dat" in path:
-        columns = ["user", "gender", "age", "occupation", "zip"]
-        users = _read_text(path["users.dat"], "::", names=columns, dtype={"zip": str})
-    if "movies.dat" in path:
-        columns = ["item", "title", "genres"]
-        items = _read_text(path["movies.dat"], "::", encoding="latin-1", names=columns)
-    return RawData(ratings, users, items)
-
-
-def _read_sasrec(files: tuple[Path, ...]) -> RawData:
-    """One "user item" a line, in order of time."""
-    return RawData(_read_text(files[0], " ", names=["user", "item"]))
+    """ratings.dat, and users.dat, movies.dat where present."""
+    users = ("users.dat", "::", "user gender age occupation zip")
+    items = ("movies.dat", "::", "item title genres")
+    return RawData(*_read_movielens(files, ("ratings.dat", "::", RATED), users, items))
 
 
 def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
-    """u.data (tab), and u.user, u.item (pipe) where present."""
-    path = {file.name: file for file in files}
-    ratings = _read_text(path["u.data"], "\t", names=RATED)
-    users = items = None
-    if "u.user" in path:
-        columns = ["user", "age", "gender", "occupation", "zip"]
-        users = _read_text(path["u.user"], "|", names=columns, dtype={"zip": str})
-    if "u.item" in path:
-        genres = ML_100K_GENRES.split()
-        columns = ["item", "title", "released", "video", "url", *genres]
-        items = _read_text(path["u.item"], "|", encoding="latin-1", names=columns)
-        flags = items[genres] == 1
+    """u.data, and u.user, u.item where present."""
+    users = ("u.user", "|", "user age gender occupation zip")
+    items = ("u.item", "|", f"item title released video url {ML_100K_GENRES}")
+    ratings, users, items = _read_movielens(files, ("u.data", "\t", RATED), users, items)
+    if items is not None:
+        flags = items[ML_100K_GENRES.split()] == 1
         items["genres"] = ["|".join(flags.columns[row]) for row in flags.to_numpy()]
         items = items[["item", "title", "genres"]]
     return RawData(ratings, users, items)
@@ -93,20 +85,19 @@ def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
 
 def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
     """The wheel's copy of the same rows: tab-separated, with headers of its own."""
-    path = {file.name: file for file in files}
-    ratings = _read_text(path["ml-100k.inter"], "\t", header=0, names=RATED)
-    users = items = None
-    if "ml-100k.user" in path:
-        columns = ["user", "age", "gender", "occupation", "zip"]
-        text = {"zip": str}
-        users = _read_text(path["ml-100k.user"], "\t", header=0, names=columns, dtype=text)
-    if "ml-100k.item" in path:
-        columns = ["item", "title", "year", "genres"]
-        text = {"year": str}
-        items = _read_text(path["ml-100k.item"], "\t", header=0, names=columns, dtype=text)
+    users = ("ml-100k.user", "\t", "user age gender occupation zip")
+    items = ("ml-100k.item", "\t", "item title year genres")
+    ratings = ("ml-100k.inter", "\t", RATED)
+    ratings, users, items = _read_movielens(files, ratings, users, items, header=0)
+    if items is not None:
         items["title"] += " (" + items.pop("year") + ")"
         items["genres"] = items["genres"].str.replace(" ", "|")
     return RawData(ratings, users, items)
+
+
+def _read_sasrec(files: tuple[Path, ...]) -> RawData:
+    """One "user item" a line, in order of time."""
+    return RawData(_read_text(files[0], " ", names=["user", "item"]))
 
 
 def _read_m1(files: tuple[Path, ...]) -> RawData:
