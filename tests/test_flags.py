@@ -75,6 +75,15 @@ def test_a_removed_setting_is_refused_with_what_to_do_instead(name, yaml):
     assert said.endswith(wanted) and "some.yaml" in said
 
 
+def test_a_removed_name_is_meant_only_where_it_names_a_setting(yaml, tmp_path):
+    """Not as a value, and not in the path of a file."""
+    assert refused(["--dim=scores"]).startswith("--dim: ")
+    assert refused(["--dtype=schedule"]).startswith("--dtype: ")
+    assert "no setting" not in refused([yaml("dim: scores\n")])
+    missing = refused([f"--config={tmp_path}/scores/schedule.yaml"])
+    assert "no setting" not in missing and "schedule.yaml" in missing
+
+
 def test_config_without_a_file_is_one_line():
     with pytest.raises(UserError, match="--config: expected one argument"):
         parse_args(["--config"])
