@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_flags import refused
 
+from data import SEQUENCES
+from evaluate import EVALUATE
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import (
     FIELDS,
@@ -27,6 +29,7 @@ from reclm.flags import parse_args
 from reclm.nn.losses import LOSSES
 from reclm.run.folder import dump_config
 from reclm.run.optim import OPTIMIZERS, build_optimizer
+from reclm.run.report import REPORT
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -79,6 +82,10 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(name):
         else:
             SequenceRecommender(cfg.model, cfg.loss, Vocabulary(5, 2))
     assert str(caught.value) == f"--{name}=nonsense must be one of {', '.join(KNOWN[name])}"
+
+
+def test_every_task_has_all_its_parts():
+    assert PREPARE.keys() == SEQUENCES.keys() == FORWARD.keys() == EVALUATE.keys() == REPORT.keys()
 
 
 # ---------------------------------------------------------------- combinations
