@@ -8,8 +8,8 @@ din   the user's actions, weighted by how they fit the candidate and summed; an 
 
 --task=ctr is implied and the flags of main.py for data and training count: the same rows, batches,
 optimizer, epochs, choice of the epoch on validation and metrics. A --config may be that of another model: its
-settings of blocks and times are passed over, as there are no blocks here, and of times only the order is known; the same
-settings as flags are refused. With --window=W DIN looks at the last W actions alone, which costs less. The
+settings of blocks and times are passed over, as there are no blocks here, and of times only the order is
+known; as flags they are refused. With --window=W DIN looks at the last W actions alone, which costs less. The
 regression needs a higher --lr than the default: its numbers start at 0, and a user's is seen in one step per
 epoch.
 """

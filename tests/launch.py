@@ -171,7 +171,7 @@ def is_running(pid: int) -> bool:
 
 
 def in_small_batches(folder: Path) -> Path:
-    """A main.py that evaluates 7 users at once: all of so small data would be one batch, of one process."""
+    """A main.py that ranks 7 users at once: two processes would have nothing to share on so small data."""
     path = folder / "in_small_batches.py"
     path.write_text(
         f"import sys\nsys.path.insert(0, {str(MAIN.parent)!r})\n"

