@@ -56,7 +56,7 @@ def explain(text: str) -> str:
     """jsonargparse explains over several lines, in terms of its own; ours is one line about a name."""
     text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(text.split()))
     text = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", text)
-    for name in re.findall(r"\w+", text):
+    for name in re.findall(r"(?:--(?:\w+\.)*|Option ')(\w+)", text):
         if name in REMOVED:
             return f"--{name} is no setting any more: {REMOVED[name]}"
     return f"{text} (python main.py --help lists all names)"

@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import typing
+from math import inf, nan
 from pathlib import Path
 
 import pytest
-from test_flags import refused
 
+from data import SEQUENCES
+from evaluate import EVALUATE
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import (
     FIELDS,
@@ -27,6 +29,7 @@ from reclm.flags import parse_args
 from reclm.nn.losses import LOSSES
 from reclm.run.folder import dump_config
 from reclm.run.optim import OPTIMIZERS, build_optimizer
+from reclm.run.report import REPORT
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -38,27 +41,38 @@ KNOWN = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": OPT
 # ---------------------------------------------------------------- values
 
 
+def refused(values):
+    """The one line that refuses these settings."""
+    with pytest.raises(UserError) as caught:
+        build_config(values)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400, message
+    return message
+
+
+OUT_OF_RANGE = {
+    "dim": [0, -8], "n_layers": [0], "max_len": [0], "n_heads": [0], "n_kv_heads": [-1], "hidden_dim": [-1],
+    "window": [-1], "dropout": [1.0, -0.1], "id_dropout": [1.0], "min_item_count": [0], "num_negatives": [0],
+    "negative_below": [nan], "cold_items": [1.0], "shuffle_ties": [-1], "min_positives": [-1],
+    "positive_from": [inf], "drop_rating": [nan], "utc_offset": [nan], "num_epochs": [0], "batch_size": [0],
+    "lr": [0.0, -1.0, nan, inf], "weight_decay": [-1.0], "embedding_decay": [-1.0], "lr_min": [2.0],
+    "clip_norm": [-1.0], "ema": [1.0], "grad_accum_steps": [0], "patience": [-1], "seed": [-1, 2**32],
+    "keep_last": [-1], "warmup_steps": [-1],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "flag",
-    [
-        "--dim=0", "--dim=-8", "--n_layers=0", "--max_len=0", "--n_kv_heads=-1", "--hidden_dim=-1",
-        "--window=-1", "--dropout=1", "--dropout=-0.1", "--id_dropout=1", "--min_item_count=0",
-        "--num_negatives=0", "--negative_below=nan", "--cold_items=1", "--shuffle_ties=-1",
-        "--min_positives=-1", "--positive_from=inf", "--drop_rating=nan", "--utc_offset=nan",
-        "--num_epochs=0", "--batch_size=0", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf",
-        "--weight_decay=-1", "--embedding_decay=-1", "--lr_min=2", "--clip_norm=-1", "--ema=1",
-        "--grad_accum_steps=0", "--patience=-1", "--seed=-1", "--keep_last=-1", "--warmup_steps=-1",
-    ],
-)  # fmt: skip
-def test_values_out_of_range_are_refused(flag):
-    assert flag.split("=")[0] in refused([flag])
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_values_out_of_range_are_refused(name, value):
+    assert f"--{name}={value}" in refused({name: value})
 
 
 def test_heads_must_divide_the_width():
-    assert "--n_heads=3" in refused(["--dim=64", "--n_heads=3"])
-    assert "even" in refused(["--dim=6", "--n_heads=2"])  # heads of width 3 have no pairs to rotate
-    assert "--n_kv_heads=3" in refused(["--dim=64", "--n_heads=4", "--n_kv_heads=3"])
-    assert "--n_kv_heads=8" in refused(["--dim=64", "--n_heads=4", "--n_kv_heads=8"])
+    assert "--n_heads=3" in refused({"dim": 64, "n_heads": 3})
+    assert "even" in refused({"dim": 6, "n_heads": 2})  # heads of width 3 have no pairs to rotate
+    assert "--n_kv_heads=3" in refused({"dim": 64, "n_heads": 4, "n_kv_heads": 3})
+    assert "--n_kv_heads=8" in refused({"dim": 64, "n_heads": 4, "n_kv_heads": 8})
 
 
 def test_derived_widths():
@@ -81,71 +95,66 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(name):
     assert str(caught.value) == f"--{name}=nonsense must be one of {', '.join(KNOWN[name])}"
 
 
+def test_every_task_has_all_its_parts():
+    assert PREPARE.keys() == SEQUENCES.keys() == FORWARD.keys() == EVALUATE.keys() == REPORT.keys()
+
+
 # ---------------------------------------------------------------- combinations
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--loss=softmax", "--num_negatives=5"],
-        ["--loss=softmax", "--share_negatives=false"],
-        ["--model_name=hstu", "--gated_residuals=true"],
-        ["--model_name=hstu", "--n_kv_heads=1"],
-        ["--model_name=hstu", "--hidden_dim=50"],
-        ["--model_name=llama --time_tokens=none", "--request_time=true"],
-        ["--exclude_history=false", "--cold_items=0.1"],
-        ["--task=matching", "--ctr_history=past"],
-        ["--task=matching --ctr_split=None", "--positive_from=3.0"],
-        ["--task=matching --ctr_split=None", "--drop_rating=3.0"],
-        ["--task=matching --ctr_split=None", "--min_positives=2"],
-        ["--task=matching --ctr_split=None", "--utc_offset=8.0"],
-        ["--task=ctr", "--time_head=true"],
-        ["--task=ctr", "--request_time=true"],
-        ["--task=ctr", "--min_item_count=2"],
-        ["--task=ctr", "--cold_items=0.1"],
-        ["--task=ctr", "--loss=gbce"],
-        ["--task=ctr", "--num_negatives=5"],
-        ["--task=ctr", "--share_negatives=false"],
-        ["--task=ctr", "--exclude_history=false"],
-        ["--task=ctr", "--negative_below=3.0"],
-        ["--task=ctr", "--filter_seen=false"],
-    ],
-)
-def test_a_switch_without_effect_is_refused(flags):
-    idle, _, value = flags[1].partition("=")
-    others = [flag for flag in flags[0].split() if not flag.endswith("=None")]
-    with pytest.raises(UserError, match=f"(?i){idle}={value} has no effect with {flags[0]}"):
-        build_config(parse_args([*others, flags[1]]))
+IDLE = [  # a setting that has no effect with these others
+    ({"num_negatives": 5}, {"loss": "softmax"}),
+    ({"share_negatives": False}, {"loss": "softmax"}),
+    ({"gated_residuals": True}, {"model_name": "hstu"}),
+    ({"n_kv_heads": 1}, {"model_name": "hstu"}),
+    ({"hidden_dim": 50}, {"model_name": "hstu"}),
+    ({"request_time": True}, {"model_name": "llama", "time_tokens": "none"}),
+    ({"cold_items": 0.1}, {"exclude_history": False}),
+    ({"ctr_history": "past"}, {"task": "matching"}),
+    ({"positive_from": 3.0}, {"task": "matching", "ctr_split": None}),
+    ({"drop_rating": 3.0}, {"task": "matching", "ctr_split": None}),
+    ({"min_positives": 2}, {"task": "matching", "ctr_split": None}),
+    ({"utc_offset": 8.0}, {"task": "matching", "ctr_split": None}),
+    ({"time_head": True}, {"task": "ctr"}),
+    ({"request_time": True}, {"task": "ctr"}),
+    ({"min_item_count": 2}, {"task": "ctr"}),
+    ({"cold_items": 0.1}, {"task": "ctr"}),
+    ({"loss": "gbce"}, {"task": "ctr"}),
+    ({"num_negatives": 5}, {"task": "ctr"}),
+    ({"share_negatives": False}, {"task": "ctr"}),
+    ({"exclude_history": False}, {"task": "ctr"}),
+    ({"negative_below": 3.0}, {"task": "ctr"}),
+    ({"filter_seen": False}, {"task": "ctr"}),
+]
+
+
+@pytest.mark.parametrize(("idle", "others"), IDLE)
+def test_a_switch_without_effect_is_refused(idle, others):
+    (name, value), *_ = idle.items()
+    with_others = " ".join(f"--{other}={value}" for other, value in others.items())
+    assert refused(idle | others) == f"--{name}={value} has no effect with {with_others}: leave it out"
 
 
 def test_every_need_is_tried():
     """By the test above, so that none is written down and forgotten."""
-    tried = test_a_switch_without_effect_is_refused.pytestmark[0].args[1]
-    tried = {
-        (idle.split("=")[0], tuple(other.split("=")[0] for other in with_.split())) for with_, idle in tried
-    }
-    needs = {
-        (f"--{name}", tuple(f"--{other}" for other in need))
-        for name, field in FIELDS.items()
-        for need in field.metadata["needs"]
-    }
-    assert tried == needs
+    tried = {(*idle, *others) for idle, others in IDLE}
+    assert tried == {(name, *need) for name, field in FIELDS.items() for need in field.metadata["needs"]}
 
 
-@pytest.mark.parametrize("useful", ["--model_name=hstu", "--time_tokens=embedding"])
+@pytest.mark.parametrize("useful", [{"model_name": "hstu"}, {"time_tokens": "embedding"}])
 def test_one_of_two_switches_gives_another_its_effect(useful):
-    assert build_config(parse_args([useful, "--request_time=true"])).model.request_time
+    assert build_config({"request_time": True, **useful}).model.request_time
 
 
-@pytest.mark.parametrize("useful", ["--task=ctr", "--ctr_split=random"])
+@pytest.mark.parametrize("useful", [{"task": "ctr"}, {"ctr_split": "random"}])
 def test_rules_of_impressions_count_for_both_tasks(useful):
-    assert build_config(parse_args([useful, "--positive_from=3"])).data.positive_from == 3
+    assert build_config({"positive_from": 3.0, **useful}).data.positive_from == 3
 
 
 def test_items_left_out_of_the_loss_cannot_be_ranked():
-    with pytest.raises(UserError, match="--filter_seen=false .* train with --exclude_history=false"):
-        build_config(parse_args(["--filter_seen=false"]))
-    cfg = build_config(parse_args(["--filter_seen=false", "--exclude_history=false"]))
+    said = refused({"filter_seen": False})
+    assert said.startswith("--filter_seen=false ") and "train with --exclude_history=false" in said
+    cfg = build_config({"filter_seen": False, "exclude_history": False})
     assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
 
 

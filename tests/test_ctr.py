@@ -63,7 +63,8 @@ def test_the_number_of_processes_changes_no_metric(work, monkeypatch):
     here("--eval_only=true", "--out_dir=run", cwd=work).ok()
     again = read_json(work / "run" / "eval-best.json")
     assert again["test"] == result["test"] and again["valid"] == result["valid"]
-    assert result["test"].keys() >= {"AUC", "GAUC", "logloss", "NE"}
+    assert result["test"].keys() >= {"AUC", "GAUC", "GAUC_users", "logloss", "NE"}
+    assert not result.keys() & {"filter_seen", "loss", "num_users"} and result["num_processes"] == 2
     alone = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=alone"]
     here(*CTR, *alone, cwd=work).ok()
     for split in ("valid", "test"):

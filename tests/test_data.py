@@ -448,14 +448,14 @@ def test_a_history_of_all_items_is_refused():
 # ---------------------------------------------------------------- processes
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("loss", [{}, {"share_negatives": False}, {"loss": "softmax"}])
-def test_processes_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
+def test_processes_share_out_each_batch(tiny_dataset, monkeypatch, count, loss):
     loss = LossConfig(num_negatives=4, **loss)
     whole = epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7))
     parts = []
-    for process in range(world):
-        as_process(monkeypatch, process, world)
+    for process in range(count):
+        as_process(monkeypatch, process, count)
         parts.append(epoch_of(batches_of(tiny_dataset, loss=loss, batch_size=7)))
         assert [(step, num) for step, _, num in parts[-1]] == [(step, num) for step, _, num in whole]
     for step, (_, [batch], _) in enumerate(whole):
@@ -464,7 +464,7 @@ def test_processes_share_out_each_batch(tiny_dataset, monkeypatch, world, loss):
             for name, tensor in batch.items():
                 shared = name == "negatives" and loss.share_negatives
                 if len(batch["lengths"]) > process:
-                    assert torch.equal(piece[name], tensor if shared else tensor[process::world]), name
+                    assert torch.equal(piece[name], tensor if shared else tensor[process::count]), name
                 else:
                     assert not piece["targets"].any()
         counted = sum((piece["targets"] != 0).sum() for piece in pieces)
@@ -493,17 +493,17 @@ def test_fewer_users_than_processes_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_processes_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeypatch, world, batch_size):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_evaluate_each_user_once_in_the_same_batches(tiny_dataset, monkeypatch, count, batch_size):
     whole = list(eval_batches(tiny_dataset, "test", 20, batch_size))
     parts = []
-    for process in range(world):
-        as_process(monkeypatch, process, world)
+    for process in range(count):
+        as_process(monkeypatch, process, count)
         parts.append(list(eval_batches(tiny_dataset, "test", 20, batch_size)))
     users = sorted(user for part in parts for batch in part for user in batch["user_ids"].tolist())
     assert users == tiny_dataset.ranked_users.tolist()
     for i, batch in enumerate(whole):
-        assert equal_batches(batch, parts[i % world][i // world])
+        assert equal_batches(batch, parts[i % count][i // count])
 
 
 @pytest.mark.parametrize("what", ["training", "evaluation", "impressions"])

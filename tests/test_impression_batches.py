@@ -92,22 +92,22 @@ def test_an_epoch_counts_its_targets(monkeypatch):
         batches_of(dataset, 5)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("split", SPLITS)
-def test_processes_together_have_what_one_has(monkeypatch, split, world):
+def test_processes_together_have_what_one_has(monkeypatch, split, count):
     dataset = make_impressions(impressions_table())
     whole, parts = batches_of_split(dataset, split, 5, grad_accum_steps=1), []
-    for process in range(world):
-        as_process(monkeypatch, process, world)
+    for process in range(count):
+        as_process(monkeypatch, process, count)
         parts.append(batches_of_split(dataset, split, 5, grad_accum_steps=1))
     together = [batch for part in parts for batch in part]
     assert sorted(contexts_of(together)) == sorted(contexts_of(whole))
     for number, batch in enumerate(whole):
         if split != "train":  # whole batches are dealt out
-            assert equal_batches(batch, parts[number % world][number // world])
+            assert equal_batches(batch, parts[number % count][number // count])
             continue
         for process, part in enumerate(parts):  # each has its rows of every batch
-            mine = {name: value[process::world] for name, value in batch.items()}
+            mine = {name: value[process::count] for name, value in batch.items()}
             if len(mine["lengths"]):
                 assert equal_batches(mine, part[number])
             else:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import MAIN, Running, here, python, read_json, write_csv
+from launch import MAIN, Running, here, read_json, write_csv
 from test_embed import SENTENCES
 
 from reclm.config import FIELDS
@@ -64,7 +64,7 @@ def test_the_command_for_own_data(folder):
     write_csv(folder / "clicks.csv")
     command = next(line for line in COMMANDS if "clicks.csv" in line)
     assert command.startswith("python main.py")
-    python(*flags_of(command), cwd=folder).ok()
+    here(*flags_of(command), cwd=folder).ok()
     assert read_json(folder / "runs" / "latest" / "result.json")["dataset"] == "clicks"
 
 
