@@ -149,8 +149,17 @@ def test_every_weight_learns(variant):
     model, batch = make_model(**variant), make_batch()
     model(batch | {"labels": torch.arange(15).view(3, 5) % 2}).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    silent = [name for name, p in model.named_parameters() if not p.grad.any()]
+    silent = [name for name, p in model.named_parameters() if not p.grad.any() or not p.grad.isfinite().all()]
     assert silent == []
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", [{}, {"n_heads": 4, "n_kv_heads": 2}, {"model_name": "hstu"}])
+def test_bfloat16_is_close_to_float32(variant):
+    full, half, batch = make_model(**variant), make_model(dtype="bfloat16", **variant), make_batch()
+    expected, got = full(batch), half(batch)
+    assert got.dtype == torch.float32 and not torch.equal(expected, got)
+    assert (expected - got).norm() / expected.norm() < 0.03
 
 
 @torch.inference_mode()

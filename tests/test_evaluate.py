@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_ITEMS, as_process, make_dataset
+from conftest import NUM_ITEMS, as_process, impressions_table, make_dataset, make_impressions
 
 import evaluate as evaluation
 import main
 from data import TrainBatches
-from evaluate import evaluate, rank_users
+from evaluate import evaluate, rank_users, score_impressions
 from model import SequenceRecommender
 from reclm.config import EvalConfig, LossConfig, ModelConfig, TrainConfig
 from reclm.errors import UserError
@@ -86,19 +86,52 @@ def test_ranks_are_bit_equal_on_any_number_of_processes(tiny_dataset, monkeypatc
     original = evaluation.rank_of_target
     monkeypatch.setattr(evaluation, "rank_of_target", record)
     results = {}
-    for world in (1, 2, 3):
+    for count in (1, 2, 3):
         found = {}
-        for rank in range(world):
-            as_process(monkeypatch, rank, world)
+        for index in range(count):
+            as_process(monkeypatch, index, count)
             seen["scores"] = [torch.zeros(0, NUM_ITEMS + 1)]
             users, ranks = rank_users(model, tiny_dataset, "valid", EvalConfig())
             scores = torch.cat(seen["scores"])
             for user, value, row in zip(users.tolist(), ranks.tolist(), scores.tolist(), strict=True):
                 assert user not in found
                 found[user] = (value, row)
-        results[world] = found
+        results[count] = found
     assert results[1].keys() == set(tiny_dataset.ranked_users.tolist())
     assert results[1] == results[2] == results[3]
+
+
+AT_ONCE = pytest.mark.parametrize(
+    ("name", "value"), [("USERS_AT_ONCE", 1), ("USERS_AT_ONCE", 7), ("MAX_TOKENS", 1), ("MAX_TOKENS", 30)]
+)
+
+
+@AT_ONCE
+def test_how_many_are_ranked_at_once_changes_no_result(tiny_dataset, monkeypatch, name, value):
+    model = build(tiny_dataset, time_head=True)
+    before = rank_users(model, tiny_dataset, "test", EvalConfig())
+    metrics = evaluate(model, tiny_dataset, "test", EvalConfig())
+    assert metrics.keys() >= {"NDCG@10", "time_NLL"}
+    sizes = []
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0]["lengths"])))
+    monkeypatch.setattr(evaluation, name, value)
+    after = rank_users(model, tiny_dataset, "test", EvalConfig())
+    assert all(map(torch.equal, before, after))
+    assert max(sizes) == {1: 1, 7: 7, 30: 3}[value] and sum(sizes) == 60  # of at most 10 actions each
+    assert evaluate(model, tiny_dataset, "test", EvalConfig()) == pytest.approx(metrics, rel=1e-5)
+
+
+@AT_ONCE
+def test_how_many_are_scored_at_once_changes_no_result_of_ctr(monkeypatch, name, value):
+    dataset = make_impressions(impressions_table(), ctr_split="own", ctr_history="past")
+    model = build(dataset, task="ctr", action_embedding=False)
+    torch.nn.init.normal_(model.head.logit.weight)
+    logits, labels, owner = score_impressions(model, dataset, "test")
+    assert len(logits) > 40 and logits.std() > 0.1
+    monkeypatch.setattr(evaluation, name, value)
+    after = score_impressions(model, dataset, "test")
+    torch.testing.assert_close(after[0], logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(after[1], labels) and torch.equal(after[2], owner)
 
 
 def test_scores_held_at_once_are_limited(tiny_dataset, monkeypatch):
@@ -154,7 +187,8 @@ def test_evaluation_leaves_no_trace(tiny_dataset):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_name_the_user(tiny_dataset, value):
+def test_broken_weights_name_the_user(tiny_dataset, value, monkeypatch):
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)  # those of all batches are counted
     model = build(tiny_dataset, user_embedding="explicit")
     with torch.no_grad():
         model.user_embedding.weight[7] = value
@@ -167,7 +201,8 @@ def test_broken_weights_name_the_user(tiny_dataset, value):
 
 
 def test_lost_users_are_noticed(tiny_dataset, monkeypatch):
-    as_process(monkeypatch, 1, 2)  # without a process group the other rank's users are missing
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
+    as_process(monkeypatch, 1, 2)  # without a process group the users of the other process are missing
     with pytest.raises(AssertionError, match="of 60"):
         evaluate(build(tiny_dataset), tiny_dataset, "test", EvalConfig())
 

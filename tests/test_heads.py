@@ -128,7 +128,7 @@ def test_forecasts_by_hand():
 
 
 def test_too_few_gaps_to_learn_from():
-    """Three actions a user: none is left between two training actions."""
+    """Three actions per user: none is left between two training actions."""
     spread = gap_statistics(make_dataset([[1, 2, 3], [2, 3, 1]]), NARROWEST)
     assert spread["mean"] == 0 and spread["last_gap"] == spread["user_mean"] == 0.05
 
@@ -142,8 +142,8 @@ def test_metrics_do_not_depend_on_the_processes(monkeypatch):
     assert whole == {name: evaluate(model, dataset, "test", cfg)[name] for name in TIME_ERRORS}
     monkeypatch.setattr("evaluate.mean_over_processes", lambda sums, count: (sums | {"count": count}, count))
     parts = []
-    for rank in range(3):
-        as_process(monkeypatch, rank, 3)
+    for index in range(3):
+        as_process(monkeypatch, index, 3)
         parts.append(time_metrics(model, dataset, "test"))
     count = sum(part["count"] for part in parts)
     assert count == len(dataset.ranked_users)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from launch import python, read_json, write_csv
+from launch import here, read_json, write_csv
 from test_model import array, build, random_batch
 
 from reclm.config import ModelConfig
@@ -148,11 +148,11 @@ def test_without_timestamps_the_time_bias_is_off():
 def test_runs_name_what_they_knew_of_time(tmp_path):
     data = write_csv(tmp_path / "timed.csv")
     flags = [f"--dataset={data}", "--model_name=hstu", "--dim=8", "--num_epochs=1", "--device=cpu"]
-    shown = python(*flags, "--request_time=true", "--out_dir=a", cwd=tmp_path).ok().stdout
+    shown = here(*flags, "--request_time=true", "--out_dir=a", cwd=tmp_path).ok().stdout
     assert "NOTE: the model knows the time of the item to predict" in shown
     assert "seen items left out, request time known" in shown
     assert read_json(tmp_path / "a" / "result.json")["request_time"] is True
-    shown = python(*flags, "--out_dir=b", cwd=tmp_path).ok().stdout
+    shown = here(*flags, "--out_dir=b", cwd=tmp_path).ok().stdout
     assert "request time" not in shown and "NOTE" not in shown
 
 

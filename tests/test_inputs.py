@@ -2,17 +2,20 @@
 
 import math
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_rows
-from launch import TINY, here, read_json, read_rows, torchrun, write_csv
+from launch import TINY, here, in_small_batches, read_json, read_rows, torchrun, write_csv
 from test_main import assert_same_run, stop_after
 from test_model import build as build_model
 from test_model import random_batch
 
+import evaluate as evaluation
 from data import TrainBatches, eval_batches, load_dataset
+from evaluate import evaluate, rank_users
 from model import SequenceRecommender
 from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.data.dataset import Vocabulary
@@ -34,8 +37,11 @@ def full_batch():
     profiles = torch.stack([torch.from_numpy(rng.integers(0, size, shape[0])) for size in FIELDS], dim=1)
     actions = torch.from_numpy(rng.integers(1, 6, shape)) * real
     return batch | {
-        "timestamps": times * real, "next_timestamps": after * real, "profiles": profiles, "actions": actions
-    }  # fmt: skip
+        "timestamps": times * real,
+        "next_timestamps": after * real,
+        "profiles": profiles,
+        "actions": actions,
+    }
 
 
 def row_by_hand(batch, b, profile, time, request_time):
@@ -73,9 +79,13 @@ def test_rows_are_as_described(profile, time, request_time):
     request_time = request_time and time
     batch = full_batch()
     cfg = ModelConfig(
-        max_len=16, profile_tokens=profile, action_embedding=True, time_tokens="tokens" if time else "none",
-        request_time=request_time, position_embedding=True,
-    )  # fmt: skip
+        max_len=16,
+        profile_tokens=profile,
+        action_embedding=True,
+        time_tokens="tokens" if time else "none",
+        request_time=request_time,
+        position_embedding=True,
+    )
     vocabulary = VOCABULARY if profile else Vocabulary(ITEMS + sum(FIELDS), 9, (), {"actions": 5})
     inputs = Inputs(cfg, vocabulary)
     if not profile:
@@ -90,6 +100,25 @@ def test_rows_are_as_described(profile, time, request_time):
         assert not row["token_ids"][b, size:].any()
         assert positions[b, : len(queries)].tolist() == queries
     assert row["token_ids"].shape[1] == longest <= inputs.max_tokens
+
+
+@pytest.mark.parametrize("time_tokens", ["tokens", "embedding"])
+def test_the_vector_of_a_token_is_the_sum_of_all_that_is_known_of_it(time_tokens):
+    """With one table of items and other tokens; the row of padding learns nothing."""
+    model = all_inputs(time_tokens=time_tokens, position_embedding=True)
+    inputs, table = model.inputs, torch.randn(ITEMS + 1, 16)
+    table[0] = 0.0
+    table.requires_grad_()
+    row, _ = inputs.lay_out(full_batch())
+    vectors = torch.cat([table, inputs.token_embedding.weight])[row["token_ids"]]
+    vectors = vectors + inputs.position_embedding(row["before"])
+    vectors = vectors + inputs.code_embeddings["actions"].weight[row["actions"]]
+    if time_tokens == "embedding":
+        vectors = vectors + inputs.time_embedding(row)
+    got = inputs(row, table)
+    torch.testing.assert_close(got, vectors)
+    (gradient,) = torch.autograd.grad(got.square().sum(), table)
+    assert not gradient[0].any() and gradient[1:].any()
 
 
 def test_what_is_off_changes_nothing():
@@ -247,17 +276,16 @@ def test_the_fingerprint_covers_the_inputs_of_the_model(rated):
 
 
 def test_metrics_of_those_whose_item_was_liked(rated):
-    from evaluate import evaluate, rank_users
-
     dataset = chosen(rated, negative_below=3.0)
     cfg = build_config({"dim": 16})
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
     metrics = evaluate(model, dataset, "test", cfg.eval)
     users, ranks = rank_users(model, dataset, "test", cfg.eval)
     liked = [
-        1 / rank for user, rank in zip(users.tolist(), ranks.tolist(), strict=True)
+        1 / rank
+        for user, rank in zip(users.tolist(), ranks.tolist(), strict=True)
         if dataset.ratings[dataset.offsets[user + 1] - 1] >= 3
-    ]  # fmt: skip
+    ]
     assert metrics["liked/users"] == len(liked) < len(ranks)
     assert metrics["liked/MRR"] == pytest.approx(np.mean(liked))
     assert metrics["MRR"] == pytest.approx((1 / ranks).mean().item())
@@ -288,10 +316,12 @@ def work(tmp_path):
     return tmp_path
 
 
-def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work):
+def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work, monkeypatch):
+    """And whatever number of users each ranks at once: all in training, 7 in evaluation."""
     torchrun(2, "--dataset=tiny.csv", *TINY, *ALL, "--num_epochs=3", "--out_dir=a", cwd=work).ok()
     trained = read_json(work / "a" / "result.json")
-    for launch in (here, lambda *flags, cwd: torchrun(3, *flags, cwd=cwd)):
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
+    for launch in (here, partial(torchrun, 3, program=in_small_batches(work))):
         shown = launch("--eval_only=true", "--out_dir=a", cwd=work).ok()
         evaluated = read_json(work / "a" / "eval-best.json")["test"]
         for name, value in trained["test"].items():  # times: means of float32, in another order

@@ -2,15 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import SequenceRecommender
-from reclm.config import LossConfig, ModelConfig
+from reclm.config import LossConfig, ModelConfig, TrainConfig
 from reclm.data.dataset import Vocabulary
 from reclm.nn.losses import LOSSES, Excluded, bce, exclude_negatives, gbce, sampled_softmax, softmax
+from reclm.run.optim import build_optimizer
 
 V, D, M, N = 12, 5, 7, 6  # items are 1 .. 11
 NAMES = ["bce", "gbce", "sampled_softmax"]
@@ -111,8 +113,9 @@ def test_softmax_leaves_out_the_history_of_each_sequence(monkeypatch, rows):
     hidden, table, targets, _, _ = inputs()
     owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [4, 4, 4, 4, 4]])
-    seen[0, 4] = targets[0]  # a target counts, seen or not
+    seen[0, 4] = targets[0]  # a target counts, seen
     cold = torch.tensor([6, 8])
+    targets[6] = 8  # or held out, or not
     values, results = [hidden.requires_grad_(), table.requires_grad_()], []
     expected = 0.0
     for m in range(M):
@@ -127,19 +130,25 @@ def test_softmax_leaves_out_the_history_of_each_sequence(monkeypatch, rows):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_shared_negatives_leave_out_the_history_of_each_sequence():
-    """Against a loop; the order of the negatives does not matter."""
-    _, _, targets, _, _ = inputs()
-    owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [11, 4, 4, 4, 4]])
-    cold = torch.tensor([6, 8])
-    for seed in range(20):
-        negatives = 1 + torch.randperm(V - 1, generator=torch.Generator().manual_seed(seed))[:N]
-        got = exclude_negatives(negatives, targets, Excluded(seen, owner, cold))
-        for m in range(M):
-            out = {*seen[owner[m]].tolist(), *cold.tolist(), targets[m].item()}
-            assert got[m].tolist() == [item in out for item in negatives.tolist()]
-        assert torch.equal(exclude_negatives(negatives, targets, None), negatives == targets[:, None])
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("cold", [[6, 8], []])
+def test_shared_negatives_leave_out_the_history_of_each_sequence(seed, cold):
+    """Against a dense mask (B, V); the order of the negatives does not matter."""
+    hidden, table, targets, _, _ = inputs()
+    owner = torch.tensor([0, 0, 0, 1, 2, 2, 3])
+    seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [11, 4, 4, 4, 4], [0, 0, 0, 0, 0]])
+    seen[0, 4] = targets[0]
+    cold = torch.tensor(cold, dtype=torch.long)
+    negatives = 1 + torch.randperm(V - 1, generator=torch.Generator().manual_seed(seed))[:N]
+    mask = torch.zeros(4, V, dtype=torch.bool).scatter_(1, seen, True)
+    mask[:, cold] = True
+    expected = mask[owner][:, negatives] | (negatives == targets[:, None])
+    got = exclude_negatives(negatives, targets, Excluded(seen, owner, cold))
+    assert got.tolist() == expected.tolist()
+    for name in NAMES:
+        values = (hidden, table, targets, negatives)
+        assert LOSSES[name](*values, got).item() == pytest.approx(naive(name, *values, expected), rel=1e-12)
+    assert torch.equal(exclude_negatives(negatives, targets, None), negatives == targets[:, None])
 
 
 def test_sampled_softmax_over_all_items_is_softmax():
@@ -262,30 +271,70 @@ def test_large_scores_do_not_overflow(name):
     assert loss.isfinite() and hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_a_step_makes_nothing_of_the_size_of_the_catalogue(loss):
-    """No (B, V), no (M, V), and of (V, D) the gradient of the table alone: there may be millions of items."""
-    items, dim, rows, length = 5003, 16, 7, 9
-    cfg = ModelConfig(dim=dim, max_len=length, profile_tokens=True)
-    model = SequenceRecommender(cfg, LossConfig(loss=loss), Vocabulary(items - 1, rows, (3, 4)))
-    drawn = torch.randint(1, items, (rows, length))
+def training(loss, items, rows=20, length=9, cold_items=(), **changes):
+    """A model and a batch; the last row has padding."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(dim=16, max_len=length, profile_tokens=True, **changes)
+    vocabulary = Vocabulary(items, rows, (3, 4), cold_items=np.array(cold_items, np.int64))
+    drawn = torch.randint(1, items + 1, (rows, length + 1))
+    drawn[-1, 4:] = 0
     batch = {
-        "item_ids": drawn,
-        "targets": drawn.roll(-1, 1),
-        "lengths": torch.full((rows,), length),
+        "item_ids": drawn[:, :-1],
+        "targets": drawn[:, 1:],
+        "lengths": (drawn[:, :-1] != 0).sum(1),
         "user_ids": torch.arange(rows),
         "num_before": torch.zeros(rows, dtype=torch.long),
         "profiles": torch.ones(rows, 2, dtype=torch.long),
-        "seen_items": drawn,
-        "negatives": 1 + torch.randperm(items - 1)[:32],
+        "seen_items": torch.cat([drawn, drawn[:, :3]], dim=1),
+        "negatives": 1 + torch.randperm(items)[:32],
     }
-    with NewTensors(items) as forward:
+    return SequenceRecommender(cfg, LossConfig(loss=loss), vocabulary), batch
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_loss_of_a_model_leaves_out_what_a_dense_mask_would(loss):
+    """History and items held out, each position with those of its own sequence."""
+    cold = [3, 17, 40]
+    model, batch = training(loss, 60, cold_items=cold, dropout=0.0)
+    batch["targets"][0, 2] = 17  # a target counts even so
+    real = batch["targets"] != 0
+    hidden, table = model.encode(batch)[real].detach().double(), model.item_table().detach().double()
+    targets, items = batch["targets"][real], torch.arange(61)
+    mask = torch.zeros(20, 61, dtype=torch.bool).scatter_(1, batch["seen_items"], True)  # (B, V)
+    mask[:, cold] = mask[:, 0] = True
+    excluded = mask[:, None].expand(-1, 9, -1)[real] | (items == targets[:, None])  # (M, V)
+    negatives = items if loss == "softmax" else batch["negatives"]
+    name = "sampled_softmax" if loss == "softmax" else loss
+    expected = naive(name, hidden, table, targets, negatives, excluded[:, negatives])
+    assert model(batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_step_makes_nothing_of_the_size_of_the_catalogue(loss):
+    """No (B, V), no (M, V), and of (V, D) gradients alone: there may be millions of items. All else that a
+    step makes here is smaller than V numbers."""
+    model, batch = training(loss, 20_010)
+    optimizer = build_optimizer(model, TrainConfig())
+    table = tuple(model.item_embedding.weight.shape)
+    model(batch).backward()
+    optimizer.step()  # from here on it has its moments
+    optimizer.zero_grad()
+    parts = [NewTensors(len(model.item_embedding.weight)) for _ in range(3)]
+    with parts[0]:
         total = model(batch)
-    with NewTensors(items) as backward:
+    with parts[1]:
         total.backward()
-    of_softmax = [(items, dim), (rows * length, items)] if loss == "softmax" else []  # gradient, one chunk
-    assert forward.shapes == set(of_softmax)
-    assert backward.shapes <= {(items, dim)}  # gradients
+    with parts[2]:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    forward, backward, step = (part.shapes for part in parts)
+    if loss == "softmax":  # its gradient, and the scores of 128 positions at a time
+        assert forward == [table, (128, table[0]), (20 * 9 - 6 - 128, table[0])]
+    else:
+        assert forward == []
+    # torch makes a gradient for each lookup of the table (inputs, targets, negatives) and adds them up.
+    assert set(backward) == {table} and len(backward) <= (2 if loss == "softmax" else 5)
+    assert step == []
 
 
 class NewTensors(TorchDispatchMode):
@@ -293,14 +342,14 @@ class NewTensors(TorchDispatchMode):
 
     def __init__(self, least):
         super().__init__()
-        self.least, self.shapes = least, set()
+        self.least, self.shapes = least, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)}
         for x in filter(is_tensor, tree_leaves(made)):
             if x.numel() >= self.least and x.untyped_storage().data_ptr() not in old:
-                self.shapes.add(tuple(x.shape))
+                self.shapes.append(tuple(x.shape))
         return made
 
 

@@ -71,9 +71,9 @@ def test_sums_are_scikit_learns():
     assert 0 < sums["HR@1"] < sums["HR@200"] < 40.5
 
 
-def test_sums_add_up_over_ranks():
+def test_sums_add_up_over_processes():
     ranks = torch.rand(30, dtype=torch.float64) * 100 + 1
-    parts = [ranking_sums(ranks[r::3]) for r in range(3)]
+    parts = [ranking_sums(ranks[index::3]) for index in range(3)]
     for name, total in ranking_sums(ranks).items():
         assert total == pytest.approx(sum(part[name] for part in parts), rel=1e-12)
 
@@ -85,7 +85,7 @@ def test_no_users_give_zero():
 # ---------------------------------------------------------------- impressions
 
 
-def clicks(levels, size=400, seed=0):
+def shown(levels, size=400, seed=0):
     """Logits of few or many values, labels that follow them a little, and users: some of one class only."""
     rng = np.random.default_rng(seed)
     logits = rng.integers(-levels, levels, size) * 3 / levels
@@ -107,7 +107,7 @@ def pairs_won(scores, labels):
 
 @pytest.mark.parametrize("levels", [1, 3, 1000])  # few levels: many ties
 def test_areas_by_brute_force(levels):
-    scores, labels, users = clicks(levels)
+    scores, labels, users = shown(levels)
     groups = np.unique(users, return_inverse=True)[1]
     areas, positives, negatives = area_under_curve(*map(torch.tensor, (scores, labels, groups)))
     both = 0
@@ -123,8 +123,8 @@ def test_areas_by_brute_force(levels):
 
 
 @pytest.mark.parametrize("levels", [1, 3, 1000])
-def test_clicks_are_scikit_learns(levels):
-    logits, labels, users = clicks(levels)
+def test_ctr_metrics_are_scikit_learns(levels):
+    logits, labels, users = shown(levels)
     got = measured(logits, labels, users)
     chances = 1 / (1 + np.exp(-logits))
     assert got["AUC"] == pytest.approx(roc_auc_score(labels, logits), rel=1e-12)
@@ -140,7 +140,7 @@ def test_clicks_are_scikit_learns(levels):
 
 
 def test_the_order_of_impressions_changes_nothing():
-    columns = clicks(3)
+    columns = shown(3)
     order = np.random.default_rng(1).permutation(400)
     first, second = measured(*columns), measured(*(column[order] for column in columns))
     assert first.keys() == second.keys()

@@ -11,7 +11,7 @@ from model import Attention, FeedForward, SequenceRecommender, TransformerBlock
 from reclm.config import LossConfig, ModelConfig, TrainConfig
 from reclm.data.dataset import Vocabulary
 from reclm.nn.context import Context, rotate, rotations
-from reclm.nn.layers import NORM_EPS, ResidualLinear
+from reclm.nn.layers import NORM_EPS
 from reclm.run.optim import build_optimizer
 
 SMALL = {"max_len": 16, "dim": 16, "n_heads": 4, "n_layers": 2, "dropout": 0.0}
@@ -76,7 +76,7 @@ def ref_rms_norm(x, gain, eps):
 def ref_rotate(x):
     """RoPE of x (T, Dh) as in arXiv 2104.09864, eq. 34: x * cos + (x with its pairs crossed) * sin."""
     length, width = x.shape
-    theta = np.repeat(10000.0 ** (-2 * np.arange(width // 2) / width), 2)  # one angle a pair
+    theta = np.repeat(10000.0 ** (-2 * np.arange(width // 2) / width), 2)  # one angle per pair
     angles = np.arange(length)[:, None] * theta
     crossed = np.stack([-x[:, 1::2], x[:, 0::2]], axis=-1).reshape(length, width)
     return x * np.cos(angles) + crossed * np.sin(angles)
@@ -275,7 +275,7 @@ def test_window_mask(window):
         HSTU | {"window": 3},
         HSTU | {"request_time": True},
         HSTU | {"dtype": "bfloat16"},
-    ],  # fmt: skip
+    ],
 )
 def test_last_position_alone_is_the_last_of_all(changes):
     """The fast path of evaluation against its plain twin; the tolerance is rounding of sums in another
@@ -370,44 +370,73 @@ def test_every_parameter_gets_a_gradient(changes):
     assert [name for name, weight in model.named_parameters() if not weight.grad.abs().sum() > 0] == []
 
 
-def test_weights_begin_as_the_table_says():
-    shape = {"num_items": 2000, "dim": 64, "hidden_dim": 192, "n_layers": 3}
-    model = build(user_embedding="explicit", **TIMED, **shape)
-    model.user_embedding = nn.Embedding(500, 64)
-    model.init_weights()
-    residual = 1 / np.sqrt(2 * 3)
-    std = {"item_embedding": 64**-0.5, "user_embedding": 64**-0.5}
-    std |= dict.fromkeys(("wq", "wk", "wv", "w1", "w3"), 64**-0.5)
-    std |= {"wo": 64**-0.5 * residual, "w2": 192**-0.5 * residual}
+EVERYTHING = TIMED | {"profile_tokens": True, "user_embedding": "explicit"}
+ALL_MODELS = {
+    "llama": EVERYTHING,
+    "hstu": EVERYTHING | HSTU | {"gated_residuals": False},
+    "time head": {"time_tokens": "tokens", "time_head": True},
+    "ctr": {"task": "ctr", "action_embedding": True},
+}
+EVERY_MODEL = pytest.mark.parametrize("changes", ALL_MODELS.values(), ids=ALL_MODELS.keys())
+
+
+def build_large(cls=SequenceRecommender, **changes):
+    """With all kinds of weights, and enough of each for statistics."""
+    rng = np.random.default_rng(0)
+    features = {"words": rng.integers(1, 50, (400, 3)), "text": rng.normal(size=(400, 96)).astype(np.float32)}
+    codes = {"actions": 50, "contexts": 60}
+    torch.manual_seed(0)
+    cfg = config(dim=64, hidden_dim=192, n_layers=3, **changes)
+    return cls(cfg, LossConfig(), Vocabulary(400, 500, (30, 40), codes, features, np.array([7, 300])))
+
+
+@EVERY_MODEL
+def test_weights_begin_as_the_table_says(changes):
+    """By the names that they have today: whoever adds a matrix says here how it begins."""
+    model = build_large(**changes)
+    unit, residual, zero = 64**-0.5, 1 / np.sqrt(2 * 3), 0.0
+    embeddings = ("item_embedding", "user_embedding", "token_embedding")
+    std = dict.fromkeys((*embeddings, "wq", "wk", "wv", "wu", "w1", "w3", "hidden"), unit)
+    std |= {"wo": unit * residual, "w2": 192**-0.5 * residual, "gate": zero, "logit": zero}
+    std |= dict.fromkeys(("position_embedding", "time_embedding", "code_embeddings", "time_head"), zero)
+    std |= dict.fromkeys(("projections", "gates"), zero)  # of content
     for name, weight in model.named_parameters():
-        kind = name.split(".")[-2]
-        if "norm" in kind:
-            assert torch.equal(weight, torch.ones_like(weight))
-        elif kind == "gate" or "position_embedding" in name or "time_embedding" in name:
-            assert not weight.any()
-        else:
-            assert weight.std().item() == pytest.approx(std[kind], rel=0.05), name
-            assert abs(weight.mean().item()) < 0.05 * std[kind], name
-    assert not model.item_embedding.weight[0].any()
+        if weight.dim() < 2:
+            assert "norm" not in name or (weight == float(name.endswith("weight"))).all(), name
+            continue
+        (expected,) = [value for part, value in std.items() if part in name.split(".")]
+        assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+        assert abs(weight.mean().item()) <= 0.05 * expected, name
+    assert not model.item_embedding.weight[[0, 7, 300]].any()
 
 
-def test_initial_values_follow_the_type_of_a_module_not_its_name():
-    """The same weights under other names: those that write into the residual stream stay smaller."""
+@EVERY_MODEL
+def test_the_name_of_a_module_decides_nothing(changes):
+    """With all modules renamed the weights begin at the same bits, and the optimizer groups them alike."""
 
     class Renamed(SequenceRecommender):
         def init_weights(self):
-            block = self.layers[0]
-            block.attention.wo_gate = block.attention.wo  # a name that once meant "starts at 0"
-            del block.attention.wo
-            block.position_embedding = block.feed_forward.w1
-            del block.feed_forward.w1
+            items = self.item_embedding
+            for module in list(self.modules()):
+                children = list(module.children())
+                module._modules.clear()
+                for i, child in enumerate(children):
+                    module.add_module(f"embedding_norm_gate_wo_{i}", child)
+            self._modules["item_embedding"] = items  # the method asks for it, and finds it once more
             super().init_weights()
 
-    torch.manual_seed(0)
-    block = Renamed(config(dim=64), LossConfig(), Vocabulary(ITEMS, USERS)).layers[0]
-    assert isinstance(block.attention.wo_gate, ResidualLinear)
-    assert block.attention.wo_gate.weight.std().item() == pytest.approx(64**-0.5 / 2, rel=0.1)
-    assert block.position_embedding.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    found = []
+    for cls in (SequenceRecommender, Renamed):
+        model = build_large(cls, **changes)
+        place = {id(weight): i for i, weight in enumerate(model.parameters())}
+        groups = build_optimizer(model, TrainConfig()).param_groups
+        found.append(
+            (list(model.parameters()), [[place[id(w)] for w in group["params"]] for group in groups])
+        )
+    (plain, groups), (renamed, same_groups) = found
+    assert groups == same_groups and all(groups)
+    assert sorted(sum(groups, [])) == list(range(len(plain)))
+    assert all(torch.equal(one, other) for one, other in zip(plain, renamed, strict=True))
 
 
 def test_dropout_acts_in_training_only():
