@@ -153,7 +153,7 @@ def upgrade(state: dict, path: Path) -> None:
                 f"{path} was trained with another --{name} than {now}, which this version does not have: use "
                 "the version that wrote it"
             )
-    if config.pop("schedule") == "constant":
+    if config.pop("schedule", None) == "constant":
         config["lr_min"] = 1.0
     for weights in (state["model"], state.get("trained", {})):
         for old, new in RENAMED.items():
