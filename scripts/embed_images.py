@@ -1,27 +1,29 @@
-"""Image features of items: a folder of posters through an image encoder, one row per item -> a .npy file.
+"""Image features of items: a folder of posters through an image model, one row per item -> a .npy file.
 
     pip install -r requirements-features.txt
     python scripts/embed_images.py --dataset=ml-1m --folder=posters --out=posters.npy
-    python scripts/embed_images.py --dataset=ml-1m --folder=posters --out=posters.npy --weights=lite0.pth
     python main.py --dataset=ml-1m --item_features=posters.npy
 
-The folder holds <item id>.jpg, .jpeg or .png. --model is any encoder of timm, with its own way to prepare a
-picture; the feature is the output of its last pooling. Its weights are downloaded from the Hugging Face hub,
-or read from --weights, a .pth or .safetensors file with timm's names. An item without a picture gets zeros.
-All flags of main.py for data count.
+The folder holds <item id>.jpg, .jpeg or .png. --model is the name of any timm model: the feature is the
+output of its last pooling, and images are resized, cropped and normalised as its data config says. The
+weights come from the Hugging Face hub, or from --weights=FILE, a .pth or .safetensors state dict with timm's
+parameter names. An item without an image gets zeros. All flags of main.py that name data count.
 """
 
 import argparse
-import difflib
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,73 +33,91 @@ from reclm.errors import UserError, first_line
 from reclm.flags import parse_args
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+Transform = Callable[[Image.Image], Tensor]
 
 
-def import_timm():
-    """timm, which imports torchvision. The wheel of torchvision is made for CUDA builds of torch and does not
-    load with a CPU build, which lacks two operators for object detection: they are declared, never called."""
+def import_timm() -> ModuleType:
+    """timm, with any build of torch. Raises UserError."""
     try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-    except ImportError:
-        pass  # timm says it better
-    try:
+        try:
+            import torchvision  # noqa: F401 - timm imports it
+        except RuntimeError:
+            # The Linux wheel of torchvision is compiled against CUDA. With a CPU build of torch its operators
+            # do not load, and its import stops at the first of these two. timm calls neither, so it is enough
+            # that they are declared.
+            for name in ("nms", "qnms"):
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", signature)
         import timm
+        import timm.data
+
+        return timm
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"{first_line(error)}: pip install -r requirements-features.txt") from None
-    return timm
+        raise UserError(
+            f"cannot import timm ({first_line(error)}): pip install -r requirements-features.txt"
+        ) from None
 
 
-def load_encoder(name: str, weights: Path | None) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    """The network, which returns the output of its last pooling, and what turns a picture into its input.
-    Raises UserError."""
+def load_model(name: str, weights: Path | None) -> tuple[nn.Module, Transform]:
+    """The model without its classifier, and what turns an image into its input. Raises UserError."""
     timm = import_timm()
-    if name not in timm.list_models():
-        close = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "timm.list_models()"
-        raise UserError(f"--model={name} is no model of timm; the closest are: {close}")
+    known = timm.list_models() + timm.list_pretrained()  # resnet50, and resnet50.a1_in1k
+    if name not in known:
+        close = get_close_matches(name, known, cutoff=0.4)
+        hint = f"the closest: {', '.join(close)}" if close else "timm.list_models() lists them"
+        raise UserError(f"--model={name} is not a timm model ({hint})")
+    model = from_file(timm, name, weights) if weights else from_hub(timm, name)
+    config = timm.data.resolve_data_config({}, model=model)
+    return model.eval(), timm.data.create_transform(**config)
+
+
+def from_hub(timm: ModuleType, name: str) -> nn.Module:
     try:
-        encoder = timm.create_model(name, pretrained=weights is None, num_classes=0).eval()
-    except Exception as error:  # no network, no such weights: the hub's client has many
-        raise UserError(f"no weights of {name} ({first_line(error)}): name a file with --weights") from None
-    if weights:
-        load_weights(encoder, weights)
-    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder), is_training=False)
-    return encoder, prepare
+        return timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub client has many; each means "no weights"
+        raise UserError(
+            f"cannot get the weights of {name} from the Hugging Face hub ({first_line(error).strip()}): "
+            "set --weights=FILE"
+        ) from None
 
 
-def load_weights(encoder: nn.Module, path: Path) -> None:
-    """From a .pth or .safetensors file, which may have a classifier as well. Raises UserError."""
+def from_file(timm: ModuleType, name: str, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise UserError(f"--weights={path} does not exist")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        found = found.get("state_dict", found)
-        encoder.load_state_dict({name: found[name] for name in encoder.state_dict()})
-    except KeyError as error:
-        raise UserError(f"--weights={path} is of another model than --model: it has no {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; refused below
+            state = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
-        raise UserError(f"--weights={path} cannot be read ({first_line(error)}): use another file") from None
+        raise UserError(f"--weights={path} is truncated or not a state dict ({first_line(error)})") from None
+    model = timm.create_model(name)
+    whole = set(model.state_dict())
+    model.reset_classifier(0)
+    classifier = whole - set(model.state_dict())  # may be in the file, with any number of classes
+    try:
+        model.load_state_dict({key: value for key, value in state.items() if key not in classifier})
+    except RuntimeError as error:
+        mismatch = textwrap.shorten(str(error).partition("\n")[2], 150)  # the first line names the class
+        raise UserError(f"--weights={path} does not fit --model={name}: {mismatch}") from None
+    return model
 
 
 def read_image(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is no readable image ({error}): replace or remove it") from None
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise UserError(
+            f"{path} is not a readable image ({first_line(error)}): replace or remove it"
+        ) from None
 
 
 @torch.inference_mode()
-def embed(encoder: nn.Module, prepare: Callable, paths: list[Path | None], batch_size: int) -> np.ndarray:
-    """(len(paths), F), zeros where there is no path."""
+def embed(model: nn.Module, transform: Transform, paths: list[Path | None], batch_size: int) -> np.ndarray:
+    """(len(paths), F), zeros where there is no path. Raises UserError."""
     there = [i for i, path in enumerate(paths) if path]
     parts = [there[first : first + batch_size] for first in range(0, len(there), batch_size)]
-    rows = [encoder(torch.stack([prepare(read_image(paths[i])) for i in part])) for part in tqdm(parts)]
-    features = torch.cat(rows).float().numpy()
+    rows = [model(torch.stack([transform(read_image(paths[i])) for i in part])) for part in tqdm(parts)]
+    features = torch.cat(rows).numpy()
     vectors = np.zeros((len(paths), features.shape[1]), dtype=np.float32)
     vectors[there] = features
     return vectors
@@ -108,19 +128,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="of the images")
-    parser.add_argument("--model", default="tf_efficientnet_lite0", help="a name that timm knows")
-    parser.add_argument("--weights", type=Path, help="of the model [default: timm's, downloaded]")
+    parser.add_argument("--model", default="tf_efficientnet_lite0", help="name of a timm model")
+    parser.add_argument("--weights", type=Path, help=".pth or .safetensors file, instead of a download")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     args, others = parser.parse_known_args()
     if args.out.exists():
-        raise UserError(f"--out={args.out} exists and is not overwritten: name another file")
+        raise UserError(f"--out={args.out} exists: remove it or choose another name")
+    if args.out.suffix != ".npy" or not args.out.parent.is_dir():
+        raise UserError(f"--out={args.out} must be a .npy file in an existing folder")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size} must be at least 1")
     dataset = load_dataset(build_config(parse_args(others)).data)
     there = {path.stem: path for path in args.folder.glob("*") if path.suffix.lower() in SUFFIXES}
     paths = [there.get(str(item)) for item in dataset.items]
     if not any(paths):
-        raise UserError(f"{args.folder} has no image called <item id>.jpg, .jpeg or .png")
-    vectors = embed(*load_encoder(args.model, args.weights), paths, args.batch_size)
+        raise UserError(f"{args.folder} has no image named <item id>.jpg, .jpeg or .png")
+    vectors = embed(*load_model(args.model, args.weights), paths, args.batch_size)
     np.save(args.out, vectors)
     print(
         f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each, of "

