@@ -131,8 +131,8 @@ def score_impressions(model: nn.Module, dataset: Dataset, split: str) -> tuple[T
     return logits, torch.from_numpy(dataset.labels[rows.numpy()]), owner
 
 
-def click_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
+def impression_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
     return ctr_metrics(*score_impressions(model, dataset, split))
 
 
-EVALUATE = {"matching": ranking_metrics, "ctr": click_metrics}  # by task
+EVALUATE = {"matching": ranking_metrics, "ctr": impression_metrics}  # by task

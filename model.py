@@ -322,11 +322,11 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     return loss
 
 
-def predict_clicks(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
+def estimate_ctr(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
     """How likely is a positive action on each candidate? See SequenceRecommender.forward."""
     logits = model.score_candidates(batch, table)  # (B, C)
     return ctr_loss(logits, batch["labels"]) if "labels" in batch else logits
 
 
 # For each task: (model, batch, item table) -> loss or scores; and the head that it needs, if any.
-FORWARD = {"matching": (match, None), "ctr": (predict_clicks, CTRHead)}
+FORWARD = {"matching": (match, None), "ctr": (estimate_ctr, CTRHead)}

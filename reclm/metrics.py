@@ -44,15 +44,15 @@ def area_under_curve(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Te
     """scores, labels and groups (N,), groups counted from 0 -> for each group (G,) float64 the AUC of its
     rows, the share of pairs (positive, negative) in which the positive has the higher score, a pair of equals
     counting half, NaN where it has one class only; and how many positives and negatives it has."""
-    ranks = torch.unique(scores, return_inverse=True)[1]  # equal scores: equal ranks
-    order = ranks.argsort(stable=True)
-    order = order[groups[order].argsort(stable=True)]  # by group, then by rank
-    groups, ranks, labels = groups[order], ranks[order], labels[order].double()
+    places = torch.unique(scores, return_inverse=True)[1]  # equal scores: equal places
+    order = places.argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]  # by group, then by score
+    groups, places, labels = groups[order], places[order], labels[order].double()
     size = int(groups.max()) + 1
     positives = torch.zeros(size, dtype=torch.float64).index_add_(0, groups, labels)
     negatives = torch.zeros(size, dtype=torch.float64).index_add_(0, groups, 1 - labels)
     # Rows of a group with the same score are a tie; of each, how many negatives lie below it in its group?
-    new = (groups.diff(prepend=groups[:1] - 1) != 0) | (ranks.diff(prepend=ranks[:1] - 1) != 0)
+    new = (groups.diff(prepend=groups[:1] - 1) != 0) | (places.diff(prepend=places[:1] - 1) != 0)
     tie = new.cumsum(0) - 1
     in_tie = torch.zeros(int(tie[-1]) + 1, dtype=torch.float64).index_add_(0, tie, 1 - labels)
     before_group = negatives.cumsum(0) - negatives

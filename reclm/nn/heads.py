@@ -1,4 +1,4 @@
-"""What is read off the hidden states besides item scores: the time to the next action, and clicks.
+"""What is read off the hidden states besides item scores: labels of impressions, the time to the next action.
 
 The time is a mixture of log-normal distributions (arXiv 1909.12127, section 3.2). All is in terms of
 z = log(1 + gap + u), gap in seconds. Clocks count whole seconds and a gap of 0 is the most frequent one; on

@@ -139,7 +139,7 @@ def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
     return "\n".join(rows)
 
 
-def format_clicks(title: str, metrics: dict[str, float], cfg: Config) -> str:
+def format_impressions(title: str, metrics: dict[str, float], cfg: Config) -> str:
     rows = [f"\n{title} ({metrics['impressions']:,} impressions, {metrics['positives']:.1%} positive)"]
     for name in ("AUC", "GAUC", "logloss", "NE"):
         value = f"{metrics[name]:9.4f}" if name in metrics else "not defined: there is one class only"
@@ -174,6 +174,6 @@ REPORT = {  # by task: what of the data is counted, settings beside a result, th
         "settings": lambda cfg, dataset: {},
         "shown": ("AUC", "logloss"),
         "unit": "impressions",
-        "metrics": format_clicks,
+        "metrics": format_impressions,
     },
 }
