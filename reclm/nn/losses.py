@@ -28,7 +28,7 @@ class Excluded(NamedTuple):
 
 
 def exclude_negatives(negatives: Tensor, targets: Tensor, excluded: Excluded | None) -> Tensor:
-    """Distinct shared negatives (N,), targets (M,) -> bool (M, N): the target itself, and what is `excluded`."""
+    """Distinct negatives (N,), targets (M,) -> bool (M, N): the target itself, and what is `excluded`."""
     if excluded is None:
         return negatives == targets[:, None]
     ordered, order = negatives.sort()
