@@ -24,6 +24,9 @@ ROWS = 64  # queries worked on at once: keys behind the last of them are not loo
 SCORES = 2**18  # scores worked on at once, 1 MiB: stays in the cache of a core
 KEPT_SCORES = 2**23  # kept for the backward pass of a block, some 50 MiB; where there are more: recomputed
 GPU_SCALE = 32  # a GPU wants larger parts, of the three above
+# Inputs of HSTUBlock.attend and their axis of queries or keys.
+OF_QUERIES = [("q", 2), ("own", 3), ("positions", 1), ("query_times", 1)]
+OF_KEYS = [("k", 2), ("v", 2), ("key_positions", 1), ("times", 1)]
 
 
 def part_scale(tensor: Tensor) -> int:
@@ -132,16 +135,17 @@ class HSTUBlock(nn.Module):
         step, queries = part_scale(inputs["q"]) * ROWS, inputs["q"].shape[2]
         rows = []
         for first in range(0, queries, step):
-            r = slice(first, first + step)
-            part = dict(inputs)
-            for name, axis in {"q": 2, "own": 3, "positions": 1, "query_times": 1}.items():
-                if name in part:
-                    part[name] = part[name].narrow(axis, first, min(step, queries - first))
+            count = min(step, queries - first)
+            part = {
+                name: inputs[name].narrow(axis, first, count) for name, axis in OF_QUERIES if name in inputs
+            }
             if ctx.whole_rows:  # no query of this part sees a later key
-                for name, axis in {"k": 2, "v": 2, "key_positions": 1, "times": 1}.items():
-                    if name in part:
-                        part[name] = part[name].narrow(axis, 0, min(r.stop, queries))
-            rows.append(attend(**part, ctx=ctx))
+                part |= {
+                    name: inputs[name].narrow(axis, 0, first + count)
+                    for name, axis in OF_KEYS
+                    if name in inputs
+                }
+            rows.append(attend(**inputs | part, ctx=ctx))
         return torch.cat(rows, dim=2)
 
     def attend(
