@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_integer_dtype, is_string_dtype
 
+from reclm.data.impressions import positive_core
 from reclm.errors import UserError
 
 IDS = ("user", "item")
@@ -115,7 +116,7 @@ def _read_m1(files: tuple[Path, ...]) -> RawData:
     ratings = _read_grouplens_1m(files[M1_LISTS:]).interactions
     # Found by matching: reczoo kept users and items with 20 or more ratings (repeatedly, until all
     # have them) and numbered what remained by the sorted ids, as text: "1", "10", "100", ...
-    core = _k_core(ratings, M1_MIN_COUNT)
+    core = positive_core(ratings.assign(label=1), M1_MIN_COUNT).drop(columns="label")
     for column in IDS:
         original = np.array(sorted(core[column].unique(), key=str))
         if listed[column].max() + 1 != len(original):
@@ -125,16 +126,6 @@ def _read_m1(files: tuple[Path, ...]) -> RawData:
     if not len(both) == len(core) == len(listed):
         raise UserError(f"{files[-1]} is not the ratings.dat of ml-1m-m1: ratings differ")
     return RawData(core.reset_index(drop=True))
-
-
-def _k_core(ratings: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The largest part of `ratings` in which each user and each item has `k` rows or more."""
-    size = None
-    while size != len(ratings):
-        size = len(ratings)
-        for column in IDS:
-            ratings = ratings[ratings.groupby(column)[column].transform("size") >= k]
-    return ratings
 
 
 def _read_x1(files: tuple[Path, ...]) -> RawData:
