@@ -35,7 +35,9 @@ def main(folders: list[str]) -> None:
     first = results[0]
     processes = first.get("num_processes", first.get("world_size"))  # its name in older results
     names = [name for name in (*METRICS, *SOME) if name in first["test"]]  # by the first an epoch is chosen
-    seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}" * ("HR@10" in names)
+    seen = ""
+    if "HR@10" in names:
+        seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}"
     print(f"protocol  {first['protocol']}{seen}")
     print(f"commit    {', '.join(sorted({result['commit'] for result in results}))}")
     print(f"date      {first['date'][:10]}, {processes} process(es), {first['machine']}")

@@ -15,10 +15,11 @@ def write_result(folder, seed, score, protocol="P3", names=RANKING):
     metrics = dict.fromkeys(names, score)
     folder.mkdir()
     result = {
-        "protocol": protocol, "filter_seen": True, "commit": "abc", "date": "2026-01-02 03:04:05",
-        "num_processes": 2, "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7,
-        "valid": metrics, "test": metrics,
+        "protocol": protocol, "commit": "abc", "date": "2026-01-02 03:04:05", "num_processes": 2,
+        "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7, "valid": metrics, "test": metrics,
     }  # fmt: skip
+    if names == RANKING:  # of ctr nothing is filtered
+        result["filter_seen"] = True
     (folder / "result.json").write_text(json.dumps(result))
     return str(folder)
 
