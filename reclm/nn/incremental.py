@@ -18,7 +18,7 @@ For inference alone: parameters are used outside of the model's `forward`, and t
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reclm.nn.context import EMPTY, Context, KVCache, rotations
 
@@ -37,7 +37,7 @@ class History:
 
 
 @torch.inference_mode()
-def read(model, batch: dict[str, Tensor]) -> History:
+def read(model: nn.Module, batch: dict[str, Tensor]) -> History:
     """`batch` as of data.py, (B, T) actions. `hidden` of the result is that of `model.encode`. Raises
     ValueError for a row without an action."""
     if not batch["lengths"].all():
@@ -71,7 +71,7 @@ def read(model, batch: dict[str, Tensor]) -> History:
 
 
 @torch.inference_mode()
-def extend(model, history: History, action: dict[str, Tensor]) -> Tensor:
+def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Tensor:
     """Add an action to each row: item_ids (B,) and what else the rows have, timestamps, next_timestamps (when
     what follows is asked for) and codes. Returns hidden (B, D) after it. Raises ValueError where a row is
     full."""
@@ -122,7 +122,7 @@ def extend(model, history: History, action: dict[str, Tensor]) -> Tensor:
     return history.hidden
 
 
-def per_action(model, batch: dict[str, Tensor]) -> list[str]:
+def per_action(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
     """The fields of a batch that have a value for each action and that the model reads."""
     names = ["item_ids", "timestamps", "next_timestamps", *model.inputs.code_embeddings]
     return [name for name in names if name in batch]
