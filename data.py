@@ -200,7 +200,6 @@ class TrainBatches:
     def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg: TrainConfig):
         self.loss, self.cfg = loss, cfg
         self.sequences = SEQUENCES[dataset.task](dataset, max_len, loss)
-        self.width = max_len if cfg.pad_to == "max_len" else None
         self.num_targets = self.sequences.num_targets  # in an epoch
         if len(self.sequences.sizes) < dist.data_world():
             raise UserError(
@@ -218,7 +217,7 @@ class TrainBatches:
         composed = self.compose(np.random.default_rng((self.cfg.seed, epoch)))
         for step in range(first_step, len(composed)):
             rng = np.random.default_rng((self.cfg.seed, epoch, step))
-            batch = self.sequences.build(composed[step], self.width, rng)
+            batch = self.sequences.build(composed[step], rng=rng)
             num_targets = (batch[self.sequences.outcome] != self.sequences.nothing).sum()
             yield step, self.split(batch), int(num_targets)
 

@@ -145,6 +145,9 @@ class DataConfig:
     ctr_history: Literal["past", "train"] | None = setting(None, "trajectory", CTR)
     """ctr: the history of an impression is all that its user did before it, or the training part of that
     [default: past with ctr_split=time, else train]"""
+    ctr_delay: float | None = setting(None, "trajectory", CTR)
+    """ctr: seconds between an impression and the latest action in its history; 0 = also earlier rows of the
+    same second, as published sequence models have it [default: 1, or 0 without timestamps]"""
     positive_from: float = setting(4.0, "data leak", IMPRESSIONS)
     """ctr: a rating of this or more is positive (a column label overrides it)"""
     drop_rating: float | None = setting(None, "data leak", IMPRESSIONS)
@@ -159,6 +162,8 @@ class DataConfig:
         not_negative(self, "shuffle_ties", "min_positives")
         for name in ("positive_from", "drop_rating", "utc_offset"):
             finite(self, name)
+        if self.ctr_delay is not None:
+            not_negative(self, "ctr_delay")
         probability(self, "cold_items")
 
     @property
@@ -196,8 +201,6 @@ class TrainConfig:
     """epochs 0 .. num_epochs - 1"""
     batch_size: int = setting(32, "trajectory")
     """sequences per optimizer step, over ALL processes: a recipe means the same on any number of them"""
-    pad_to: Literal["longest", "max_len"] = setting("longest", "free")
-    """width of a batch: its longest sequence, or always max_len (same losses, more work)"""
     optimizer: str = setting("adamw", "trajectory")
     """adamw (reclm/run/optim.py)"""
     lr: float = setting(3e-3, "trajectory")

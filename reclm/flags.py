@@ -20,6 +20,7 @@ REMOVED = {  # settings of earlier versions: what to do instead; docs/log.md has
     "gbce_t": "gbce has gSASRec's calibration 0.75",
     "split_seed": "--ctr_split=random has one split",
     "unordered_ok": "put ratings.dat beside the lists of ml-1m-m1",
+    "pad_to": "a batch is as wide as its longest sequence",
     "eval_batch_size": "it follows from the sizes of the catalogue and of a history",
 }
 

@@ -77,14 +77,17 @@ def make_impressions(table, **settings):
     return Dataset(name="made", protocol=protocol, **meta, **arrays)
 
 
-def known_before(table, history):
-    """For each row of `impressions_table` the places of those it may know of, oldest first, by a loop."""
+def known_before(table, history, delay=1):
+    """For each row of `impressions_table` the places of those in its history, oldest first, by a loop."""
     times = table["timestamp"] if "timestamp" in table else [0] * len(table)
     rows = [*zip(table["user"], times, range(len(table)), table["split"], strict=True)]
     known = [row for row in rows if history == "past" or row[3] == "train"]
     for user, time, place, _ in rows:
         before = [(row[1], row[2]) for row in known if row[0] == user]
-        yield [other for when, other in sorted(before) if (when, other) < (time, place)]
+        if delay and "timestamp" in table:
+            yield [other for when, other in sorted(before) if when <= time - delay]
+        else:
+            yield [other for when, other in sorted(before) if (when, other) < (time, place)]
 
 
 def as_process(monkeypatch, index, count):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from launch import TINY, Result, here, python, read_state, snapshot, torchrun, write_csv
 
+from reclm.run.checkpoint import VERSION
+
 DATA = "--dataset=tiny.csv"
 
 
@@ -114,7 +116,7 @@ def with_scores(work: Path) -> None:
 
 
 def newer(work: Path) -> None:
-    torch.save(read_state(last(work)) | {"version": 6}, work / "foreign.pth")
+    torch.save(read_state(last(work)) | {"version": VERSION + 1}, work / "foreign.pth")
 
 
 def changed_data(work: Path) -> None:

@@ -31,7 +31,7 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("version", [None, 3, 6, VERSION])
+@pytest.mark.parametrize("version", [None, 3, VERSION + 1, VERSION])
 def test_another_versions_weights_are_refused(tmp_path, version):
     """Since version 2 channels are rotated in other pairs: older weights would mean another model."""
     names = ("model", "optimizer", "progress", "history", "config", "dataset", "fingerprint")
@@ -108,6 +108,15 @@ def test_a_file_of_version_4_with_a_setting_that_is_gone_is_refused(work, name):
     shown = here("--eval_only=true", "--ckpt_name=old.pth", "--out_dir=.", cwd=work)
     assert shown.code == 2 and len(shown.errors) == 1 and shown.text.count("\n") == 1
     assert f"--{name}" in shown.errors[0] and "the version that wrote it" in shown.errors[0]
+
+
+@pytest.mark.parametrize(("task", "delay"), [("ctr", 0.0), ("matching", None)])
+def test_histories_of_version_5_held_the_same_second(tmp_path, task, delay):
+    state = read_state(FOLDER / "ctr.pth") | {"version": 5}
+    state["config"] = {"task": task, "pad_to": "max_len"}
+    torch.save(state, tmp_path / "old.pth")
+    config = load_checkpoint(tmp_path / "old.pth")["config"]
+    assert build_config(config).data.ctr_delay == delay and "pad_to" not in config
 
 
 # ---------------------------------------------------------------- what a file holds of the data

@@ -111,6 +111,7 @@ IDLE = [  # a setting that has no effect with these others
     ({"request_time": True}, {"model_name": "llama", "time_tokens": "none"}),
     ({"cold_items": 0.1}, {"exclude_history": False}),
     ({"ctr_history": "past"}, {"task": "matching"}),
+    ({"ctr_delay": 60.0}, {"task": "matching"}),
     ({"positive_from": 3.0}, {"task": "matching", "ctr_split": None}),
     ({"drop_rating": 3.0}, {"task": "matching", "ctr_split": None}),
     ({"min_positives": 2}, {"task": "matching", "ctr_split": None}),
@@ -222,7 +223,7 @@ def test_a_resumed_run_takes_the_same_steps():
     assert fixed >= {"loss", "num_negatives", "share_negatives", "exclude_history", "negative_below"}
     assert fixed >= {"lr", "lr_min", "warmup_steps", "batch_size", "seed", "optimizer", "ema", "clip_norm"}
     assert fixed >= {"weight_decay", "embedding_decay", "dtype", "ctr_history"}
-    free = {"pad_to", "grad_accum_steps", "patience", "compile", "keep_last", "init_from", "data_dir"}
+    free = {"grad_accum_steps", "patience", "compile", "keep_last", "init_from", "data_dir"}
     assert not fixed & (free | {"filter_seen", "resume", "out_dir", "eval_only", "device"})
 
 

@@ -79,7 +79,7 @@ def test_what_is_known_of_an_impression_may_be_another_in_evaluation(work):
     here(*MODEL, "--dataset=days.csv", "--task=ctr", "--num_epochs=1", "--out_dir=days", cwd=work).ok()
     here("--eval_only=true", "--ctr_history=train", "--out_dir=days", cwd=work).ok()
     past, train = (read_json(work / "days" / name) for name in ("result.json", "eval-best.json"))
-    assert "of what trains" not in past["protocol"] and "of what trains" in train["protocol"]
+    assert "training actions" not in past["protocol"] and "training actions" in train["protocol"]
     assert past["test"]["impressions"] == train["test"]["impressions"]
     assert past["test"]["logloss"] != train["test"]["logloss"]
 

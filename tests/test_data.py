@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,16 +266,6 @@ def test_similar_lengths_lie_together():
     assert batches.num_targets / cells > 0.9  # about 0.55 in random order
 
 
-def test_pad_to_max_len(tiny_dataset):
-    widths = {
-        pad_to: [
-            micro[0]["item_ids"].shape[1] for _, micro, _ in epoch_of(batches_of(tiny_dataset, pad_to=pad_to))
-        ]
-        for pad_to in ("longest", "max_len")
-    }
-    assert set(widths["max_len"]) == {20} and min(widths["longest"]) < 20
-
-
 # ---------------------------------------------------------------- padding and parts never change a loss
 
 
@@ -291,7 +282,11 @@ NEGATIVES = [{}, {"exclude_history": False}, {"share_negatives": False}]
 def test_padding_never_enters_the_loss(tiny_dataset, name, how):
     loss = LossConfig(loss=name, num_negatives=6, **how)
     model = model_for(tiny_dataset, loss)
-    epochs = [epoch_of(batches_of(tiny_dataset, loss=loss, pad_to=p)) for p in ("longest", "max_len")]
+    narrow, wide = batches_of(tiny_dataset, loss=loss), batches_of(tiny_dataset, loss=loss)
+    wide.sequences.build = partial(wide.sequences.build, width=20)
+    epochs = [epoch_of(narrow), epoch_of(wide)]
+    widths = [{micro[0]["item_ids"].shape[1] for _, micro, _ in epoch} for epoch in epochs]
+    assert min(widths[0]) < 20 and widths[1] == {20}
     for (_, short, num), (_, long, same) in zip(*epochs, strict=True):
         assert num == same
         means = [sum(model(part).item() for part in micro) / num for micro in (short, long)]

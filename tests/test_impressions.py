@@ -145,18 +145,19 @@ def test_the_unknown_are_held_out_by_time_only():
 # ---------------------------------------------------------------- histories
 
 
-@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("delay", [None, 0.0, 1.0, 60.0, "untimed"])
 @pytest.mark.parametrize("history", ["past", "train"])
-def test_histories_by_brute_force(history, timed):
+def test_histories_by_brute_force(history, delay):
     table = impressions_table()
-    table = table if timed else table.drop(columns="timestamp")
-    dataset = make_impressions(table, ctr_history=history)
+    if delay == "untimed":
+        table, delay = table.drop(columns="timestamp"), None
+    dataset = make_impressions(table, ctr_history=history, ctr_delay=delay)
     places = dataset.contexts - 1
     assert sorted(places) == list(range(len(table)))
     assert dataset.labels.tolist() == table["label"][places].tolist()
     assert dataset.splits.tolist() == [SPLITS[name] for name in table["split"][places]]
     assert dataset.items[dataset.item_ids - 1].tolist() == table["item"][places].tolist()
-    expected = [*known_before(table, history)]
+    expected = [*known_before(table, history, 1 if delay is None else delay)]
     for user, (first, last) in enumerate(zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)):
         assert (table["user"][places[first:last]] == dataset.users[user]).all()
         for row in range(first, last):
@@ -200,6 +201,7 @@ def test_matching_learns_from_what_trains_of_the_same_split(tmp_path, split):
         (["rating"], {"drop_rating": 3.0}, "--drop_rating needs ratings"),
         (["timestamp"], {"ctr_split": "time"}, "--ctr_split=time needs timestamps.*--ctr_split=random"),
         (["split"], {"ctr_split": "own"}, "--ctr_split=own needs a column split"),
+        (["timestamp"], {"ctr_delay": 60.0}, "--ctr_delay needs timestamps"),
         ([], {"min_positives": 999}, "no interaction is left.*--min_positives"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Data of --task=ctr: which item was shown to which user, was it liked, and is it for training or test?
+"""Data of --task=ctr: labelled impressions, their split, and the history that each of them may use.
 
-An impression is a row of the table of interactions, with a label 0 or 1. Its history is what the user did
-before it, as far as that may be known (`order_impressions`)."""
+An impression is one row of the table of interactions: a user, an item and a label, 0 or 1. Its history is a
+prefix of the user's actions, chosen by --ctr_history and --ctr_delay (`count_history`)."""
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,9 @@ DAY = 86400
 
 
 def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
-    """Interactions in file order -> those that count, with the columns `label` (0 or 1), `split` (of SPLITS)
-    and `in_history` (bool: may a later impression know of it?); the protocol in words, and notes. Raises
-    UserError."""
+    """Interactions in file order -> (table, protocol, notes). The table holds the rows that count, with three
+    more columns: `label` (0 or 1), `split` (a value of SPLITS) and `in_history` (bool: may a later impression
+    have this row in its history?). Raises UserError where a split would be empty or has a single label."""
     table, rules = label_rows(table, cfg)
     how = cfg.ctr_split or ("own" if "split" in table else "time")
     if cfg.utc_offset and how != "time":
@@ -27,22 +27,33 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     train = table["split"] == SPLITS["train"]
     if how == "time":
         known = table["user"].isin(table["user"][train]) & table["item"].isin(table["item"][train])
-        note = f"{(~known).sum():,} held-out impressions of users or items that never train are dropped"
+        note = f"{(~known).sum():,} held-out impressions of users or items without training rows are dropped"
         table, train = table[known], train[known]
     else:
         note = f"--ctr_split={how}: training rows may be later than test rows, so the future leaks"
     check_splits(table, how)
     past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
-    of_history = "" if past else ", of what trains,"
-    rules += [
-        words.format(cfg.utc_offset),
-        f"all that its user did before{of_history} is known of an impression",
-    ]
+    actions = "actions" if past else "training actions"
+    delay = describe_delay(history_delay(table, cfg))
+    rules += [words.format(cfg.utc_offset), f"history: the user's {actions} {delay}"]
     return table.assign(in_history=past | train), "; ".join(["CTR", *rules]), [note]
 
 
+def history_delay(table: pd.DataFrame, cfg: DataConfig) -> float:
+    """Seconds between an impression and the latest action that its history may hold; 0 also admits earlier
+    rows of the same second. Raises UserError for a delay without timestamps."""
+    timed = "timestamp" in table
+    if cfg.ctr_delay and not timed:
+        raise UserError("--ctr_delay needs timestamps, but the data have none: leave it out")
+    return float(timed) if cfg.ctr_delay is None else cfg.ctr_delay
+
+
+def describe_delay(seconds: float) -> str:
+    return f"at least {seconds:g} s before it" if seconds else "before it, in file order within a second"
+
+
 def label_rows(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, list[str]]:
-    """The rows that count, each with a label, and the rules that they follow."""
+    """(rows that count, each with a label; the rules they follow, in words)."""
     rules = []
     if cfg.drop_rating is not None:
         if "rating" not in table:
@@ -75,13 +86,13 @@ def check_splits(table: pd.DataFrame, how: str) -> None:
             )
         if name == "train" and labels.nunique() < 2:
             raise UserError(
-                f"all {len(labels):,} impressions that train have the label {labels.iloc[0]}: there is "
+                f"all {len(labels):,} training impressions have the label {labels.iloc[0]}: there is "
                 "nothing to learn; use another --positive_from"
             )
 
 
 def positive_core(table: pd.DataFrame, least: int) -> pd.DataFrame:
-    """The largest part of the table in which each user and each item has `least` positives or more."""
+    """The largest subset of rows in which each user and each item has at least `least` positives."""
     size = None
     while size != len(table):
         size = len(table)
@@ -94,7 +105,8 @@ def positive_core(table: pd.DataFrame, least: int) -> pd.DataFrame:
 
 
 def split_by_time(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
-    """Whole days: the first 80 % of the SPAN of time train, the next 10 % validate, the rest tests."""
+    """(rows,) SPLITS by whole days: the first 80 % of the SPAN of time train, the next 10 % validate, the
+    rest test (the protocol of ReChorus, arXiv 2405.18058)."""
     if "timestamp" not in table:
         raise UserError("--ctr_split=time needs timestamps, but the data have none: use --ctr_split=random")
     days = (table["timestamp"].to_numpy() + 3600 * cfg.utc_offset) // DAY
@@ -104,7 +116,7 @@ def split_by_time(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
 
 
 def split_at_random(table: pd.DataFrame, cfg: DataConfig) -> np.ndarray:
-    """8:1:1."""
+    """(rows,) SPLITS, 8:1:1, always the same draw."""
     order = np.random.default_rng(0).permutation(len(table))
     bounds = np.round(np.cumsum(list(SHARES.values()))[:-1] * len(table))
     return np.searchsorted(bounds, order, side="right").astype(np.int8)
@@ -126,21 +138,15 @@ SPLITTERS = {
 def order_impressions(
     table: pd.DataFrame, user_index: np.ndarray, cfg: DataConfig
 ) -> tuple[np.ndarray, dict, list[str]]:
-    """A labelled table in file order and the number of each row's user -> the order of the rows, and for the
-    ordered rows labels, splits, contexts and history_lengths: how many rows, from the first of its user on,
-    are the history of each; no notes.
+    """A labelled table in file order and the index of each row's user -> (order of the rows, arrays, notes).
+    The arrays, for the ordered rows: labels, splits, contexts, and history_lengths, the number of the user's
+    first rows that form the history of each.
 
-    A user's rows: those that can be in a history, oldest first, then the others, by split and time. Ties keep
-    file order; without timestamps file order is order in time."""
+    Per user: rows that can be in a history, oldest first, then the others, by split and time. Ties keep file
+    order; without timestamps the file order counts as the order in time."""
     times = table["timestamp"].to_numpy() if "timestamp" in table else np.zeros(len(table))
     in_history = table["in_history"].to_numpy()
-    by_time = np.lexsort((times, user_index))
-    before = np.cumsum(in_history[by_time]) - in_history[by_time]  # rows of a history, over all users
-    users = user_index[by_time]
-    new_user = np.diff(users, prepend=-1) > 0
-    before -= np.maximum.accumulate(np.where(new_user, before, 0))
-    history_lengths = np.empty(len(table), np.int64)
-    history_lengths[by_time] = before
+    history_lengths = count_history(times, user_index, in_history, history_delay(table, cfg))
     place = np.where(in_history, -1, table["split"])
     order = np.lexsort((times, place, user_index))
     arrays = {
@@ -151,3 +157,22 @@ def order_impressions(
     if "context" in table:
         arrays["contexts"] = pd.factorize(table["context"], sort=True)[0][order] + 1
     return order, arrays, []
+
+
+def count_history(
+    times: np.ndarray, user_index: np.ndarray, in_history: np.ndarray, delay: float
+) -> np.ndarray:
+    """(rows,): for each row, how many `in_history` rows of its user lie at least `delay` seconds before it;
+    with a delay of 0 those of the same second that stand earlier in the file count as well.
+
+    Actions and queries (each row at its time minus the delay) are merged by one sort, then counted."""
+    rows = np.arange(len(times))
+    after_actions = np.full(len(rows), 2 * len(rows))
+    ties = np.concatenate([2 * rows + 1, after_actions if delay else 2 * rows])
+    merged = np.lexsort((ties, np.concatenate([times, times - delay]), np.tile(user_index, 2)))
+    counts = np.cumsum(np.concatenate([in_history, np.zeros(len(rows), bool)])[merged])
+    is_query = merged >= len(rows)
+    history_lengths = np.empty(len(rows), np.int64)
+    history_lengths[merged[is_query] - len(rows)] = counts[is_query]
+    of_earlier_users = np.cumsum(np.bincount(user_index, in_history)) - np.bincount(user_index, in_history)
+    return history_lengths - of_earlier_users.astype(np.int64)[user_index]

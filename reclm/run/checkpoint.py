@@ -25,7 +25,7 @@ from reclm.errors import UserError, first_line
 from reclm.run import dist
 from reclm.run.logger import say
 
-VERSION = 5  # raise it when the same file would mean another model, and teach `upgrade` the step
+VERSION = 6  # raise it when the same file would mean another model, and teach `upgrade` the step
 NO_LONGER = {  # settings of version 4 that are gone, and what they are now
     "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
     "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
@@ -134,7 +134,7 @@ def load_checkpoint(path: Path) -> dict:
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: use another one")
-    if state.get("version") == 4:
+    if state.get("version") in (4, 5):
         upgrade(state, path)
     if state.get("version") != VERSION:
         raise UserError(
@@ -144,8 +144,18 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def upgrade(state: dict, path: Path) -> None:
-    """A file of version 4 -> 5, in place; what inference needs of the data is not in it. Raises UserError
-    where it was trained with a setting that is gone."""
+    """Bring a file of version 4 or 5 up to date, in place; one of version 4 lacks the data for inference
+    (`about_data`). Raises UserError where it was trained with a setting that is gone."""
+    config = state["config"]
+    config.pop("pad_to", None)  # it never changed a weight
+    if config["task"] == "ctr":  # histories used to include earlier rows of the same second
+        config["ctr_delay"] = 0.0
+    if state["version"] == 4:
+        upgrade_from_4(state, path)
+    state["version"] = VERSION
+
+
+def upgrade_from_4(state: dict, path: Path) -> None:
     config = state["config"]
     for name, now in NO_LONGER.items():
         if config.pop(name, now) != now:
@@ -159,7 +169,6 @@ def upgrade(state: dict, path: Path) -> None:
         for old, new in RENAMED.items():
             for name in [name for name in weights if name.startswith(old)]:
                 weights[name.replace(old, new)] = weights.pop(name)
-    state["version"] = 5
 
 
 def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
