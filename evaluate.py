@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from data import HELD_OUT, eval_batches, impression_batches
 from reclm.config import EvalConfig
-from reclm.data.dataset import Dataset, gap_statistics
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.metrics import ctr_metrics, rank_of_target, ranking_sums
-from reclm.nn.heads import NARROWEST, TIME_ERRORS, forecast_errors
+from reclm.nn.heads import TIME_ERRORS
 from reclm.run import dist
 
 USERS_AT_ONCE = 256  # 16 to 512 are within 10 % of each other
@@ -98,11 +98,11 @@ def mean_over_processes(sums: dict[str, float], count: int) -> tuple[dict[str, f
 @torch.inference_mode()
 def time_metrics(model: nn.Module, dataset: Dataset, split: str) -> dict[str, float]:
     """Means over all evaluated users of the errors in the time to the held-out action (reclm/nn/heads.py)."""
-    spread, sums, count = gap_statistics(dataset, NARROWEST), Counter(), 0
+    sums, count = Counter(), 0
     max_len = model.cfg.max_len
     batches = eval_batches(dataset, split, max_len, batch_size(dataset, max_len))
     for batch in on_device(model, batches):
-        errors = model(batch, output="time_errors") | forecast_errors(batch, spread)
+        errors = model(batch, output="time_errors")
         sums.update({name: error.double().sum().item() for name, error in errors.items()})
         count += len(batch["lengths"])
     return mean_over_processes({name: sums[name] for name in TIME_ERRORS}, count)[0]

@@ -22,7 +22,7 @@ from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import choose
 from reclm.nn.context import Context, KVCache, rotate, rotations
-from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, log_time, time_errors
+from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, time_errors, time_loss
 from reclm.nn.hstu import HSTUBlock
 from reclm.nn.inputs import Inputs, ItemContent
 from reclm.nn.layers import (
@@ -317,8 +317,7 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
     loss = model.compute_loss(hidden, table, targets, *model.negatives(batch, valid, targets))
     if model.time_head is not None:
-        gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
-        loss = loss + TIME_WEIGHT * model.time_head(hidden, log_time(gaps)).sum()
+        loss = loss + TIME_WEIGHT * time_loss(model.time_head, hidden, batch, valid)
     return loss
 
 

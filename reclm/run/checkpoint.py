@@ -148,6 +148,8 @@ def upgrade(state: dict, path: Path) -> None:
     (`about_data`). Raises UserError where it was trained with a setting that is gone."""
     config = state["config"]
     config.pop("pad_to", None)  # it never changed a weight
+    if config.get("time_head"):
+        raise UserError(f"{path} has an older --time_head, which is gone: use the version that wrote it")
     if config["task"] == "ctr":  # histories used to include earlier rows of the same second
         config["ctr_delay"] = 0.0
     if state["version"] == 4:
