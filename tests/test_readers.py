@@ -36,7 +36,7 @@ def test_own_csv_keeps_ids_as_written(tmp_path):
 
 def test_own_tsv_without_timestamp_says_so(tmp_path):
     source = find_dataset(str(write(tmp_path / "mine.tsv", "user\titem\n1\t2\n")), "unused")
-    assert "order of its rows is taken" in source.notes[0] and "file order" in source.protocol
+    assert "file order is taken as time order" in source.notes[0] and "file order" in source.protocol
     assert rows(read_dataset(source)) == [["1", "2"]]
 
 
@@ -78,7 +78,7 @@ def test_refused_files(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             read_dataset(find_dataset(str(write(tmp_path / name, content)), "unused"))
 
-    with pytest.raises(UserError, match="unknown data set 'ml-2m'.*ml-1m, ml-1m-sasrec"):
+    with pytest.raises(UserError, match="unknown dataset 'ml-2m'.*ml-1m, ml-1m-sasrec"):
         find_dataset("ml-2m", tmp_path)
     refused("a.csv", "user,movie\n1,2\n", "columns are: user, movie")
     refused("b.csv", "user,item,item\n1,2,3\n", "column twice")
@@ -90,7 +90,7 @@ def test_refused_files(tmp_path, monkeypatch):
     refused("g.parquet", "no", "not a parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused("h.parquet", "no", "pip install pyarrow")
-    refused("ml.xlsx", "", "unknown data set")
+    refused("ml.xlsx", "", "unknown dataset")
 
 
 # ---------------------------------------------------------------- bad rows

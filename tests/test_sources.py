@@ -358,7 +358,7 @@ def test_m1_from_the_hub_joined_with_ratings(server, monkeypatch, tmp_path):
     expected = [[int(v) for v in line.split("::")] for line in M1_RATINGS.split()[:8]]
     assert rows(read_dataset(source)) == expected
     write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS.replace("2::6::1", "2::50::1"))
-    with pytest.raises(UserError, match="not the ratings.dat of ml-1m-m1"):
+    with pytest.raises(UserError, match="is not MovieLens-1M's .ratings differ from ml-1m-m1"):
         read_dataset(source)
 
 
@@ -426,6 +426,6 @@ def test_hub_download_failures(server, monkeypatch, tmp_path, serve, trouble):
 def test_zip_without_the_files_is_refused(server, monkeypatch, tmp_path, body):
     serve_x1_zip(server, monkeypatch)
     server.files[f"{X1_PATH}/{download.X1_ARCHIVE}"] = body
-    with pytest.raises(UserError, match="x1.zip is not a whole zip with train.csv, .*put the files into"):
+    with pytest.raises(UserError, match="x1.zip is not a complete zip of train.csv, .*put the files into"):
         find_dataset("movielens-latest-x1", tmp_path)
     assert visible_files(tmp_path / "movielens-latest-x1") == []
