@@ -165,15 +165,19 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "words"),
     [
-        (peers, ["--peers=nobody"], "--peers knows recbole"),
+        (peers, ["--peers=nobody"], "--peers must be of recbole"),
         (peers, ["--model_name=hstu"], "only RecTools has HSTU blocks"),
-        (peers, ["--rounds=1"], "--rounds is at least 2"),
+        (peers, ["--rounds=1"], "--rounds at least 2"),
         (peers, ["--out=held.json"], "held.json exists and is not overwritten"),
         (peers, ["--peers=", "--dataset=none.csv"], "none.csv"),
         (costs, [], "costs.json exists and is not overwritten"),
         (costs, ["--out=new.json", "--plot=held.json"], "held.json exists and is not overwritten"),
         (pair, ["--before=nowhere"], "--before=nowhere has no main.py"),
-        (pair, [f"--before={MAIN.parent}", "--rounds=0"], "--rounds, --processes and --users are at least 1"),
+        (
+            pair,
+            [f"--before={MAIN.parent}", "--rounds=0"],
+            "--rounds, --processes and --users must be at least 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, program, flags, words):
