@@ -58,15 +58,11 @@ def main() -> None:
     )
     parser.add_argument("--repo", default=ROOT, type=Path, help="checkout to run [default: this one]")
     parser.add_argument(
-        "--out", required=True, type=Path, help="JSON file for the results; runs in it are skipped"
+        "--out", required=True, type=Path, help="JSON file for results; runs in it are skipped"
     )
     parser.add_argument("--against", type=Path, help="--out file of the other checkout, to compare with")
     parser.add_argument(
-        "--only",
-        nargs="*",
-        choices=RUNS,
-        default=list(RUNS),
-        help="names of the runs to train [default: all]",
+        "--only", nargs="*", choices=RUNS, default=list(RUNS), help="runs to train [default: all]"
     )
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -189,9 +189,7 @@ def read_args() -> tuple[str, Config]:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--baseline", help="lr (logistic regression) or din (Deep Interest Network)")
-    parser.add_argument(
-        "--config", action="append", default=[], help="YAML file of settings as for main.py; may be repeated"
-    )
+    parser.add_argument("--config", action="append", default=[], help="YAML file, as for main.py; repeatable")
     args, flags = parser.parse_known_args()
     choose("baseline", args.baseline, BASELINES)
     ours, files = parse_args(flags), parse_args([f"--config={path}" for path in args.config])

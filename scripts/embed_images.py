@@ -132,10 +132,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder",
-        type=Path,
-        required=True,
-        help="folder with the images, named <item id>.jpg, .jpeg or .png",
+        "--folder", type=Path, required=True, help="folder of images <item id>.jpg, .jpeg, .png"
     )
     parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm model [default: %(default)s]")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors file to use instead of a download")

@@ -54,9 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="sentence-transformers model, name or folder [default: all-MiniLM-L6-v2]"
-    )
+    parser.add_argument("--model", help="sentence-transformers name or folder [default: all-MiniLM-L6-v2]")
     parser.add_argument("--out", type=Path, required=True, help=".npy file to write")
     args, others = parser.parse_known_args()
     texts = texts_of(load_dataset(build_config(parse_args(others)).data))

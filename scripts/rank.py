@@ -99,9 +99,7 @@ def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--candidates", type=Path, required=True, help=".csv or .tsv with the candidates")
-    parser.add_argument(
-        "--out", type=Path, required=True, help=".csv file to write; overwritten if it exists"
-    )
+    parser.add_argument("--out", type=Path, required=True, help=".csv file to write or overwrite")
     args, others = parser.parse_known_args()
     try:
         rank(args.candidates, args.out, parse_args(others))

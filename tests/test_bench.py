@@ -1,4 +1,4 @@
-"""scripts/bench: what its programs count, by hand; one real run of each kind, and ctr.py apart."""
+"""scripts/bench: counts and tables by hand, and one real run per kind (ctr.py: test_bench_ctr.py)."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_seconds_are_medians_of_rounds_in_turn(monkeypatch):
         order.append(name)
         now[0] += durations.pop(0)
 
-    a, b = [100, 1, 2, 9], [100, 20, 10, 30]  # the first is not counted
+    a, b = [100, 1, 2, 9], [100, 20, 10, 30]  # the first is a warm-up
     assert measure.seconds([lambda: work("a", a), lambda: work("b", b)], 3) == [2, 20]
     assert order == ["a", "b"] * 4
 

@@ -61,7 +61,7 @@ def test_word_codes():
 
 
 def test_texts_as_they_stand_in_the_item_table():
-    texts = item_texts(ITEMS, np.array([30, 10, 40]))  # of the last one nothing is known
+    texts = item_texts(ITEMS, np.array([30, 10, 40]))  # nothing is known about the last one
     assert texts["titles"].tolist() == ["Fly Away", "The Thing (1982)", ""]
     assert texts["genre_names"].tolist() == ["", "Horror|Sci-Fi", ""]
     assert item_texts(ITEMS.drop(columns="title"), np.array([10])).keys() == {"genre_names"}
@@ -84,7 +84,7 @@ FOUR = SimpleNamespace(
 
 def test_vectors_are_centred_and_of_length_one(tmp_path):
     raw = np.random.default_rng(0).normal(3, 2, (4, 5)).astype(np.float16)
-    raw[2] = 0  # nothing is known of it
+    raw[2] = 0  # an item without features
     np.save(tmp_path / "a.npy", raw)
     rows = load_features(str(tmp_path / "a.npy"), FOUR)["a"]
     assert rows.dtype == np.float32 and not rows[2].any()
@@ -150,7 +150,7 @@ def test_other_refusals(tmp_path, monkeypatch):
 
 
 def test_only_what_is_asked_for_is_an_input():
-    """Contexts are, where the data have them: they are part of what was shown."""
+    """Contexts always are an input if the data have them: they are part of an impression."""
     table = impressions_table()
     dataset = replace(make_impressions(table), codes={})
     plain = choose_inputs(dataset, build_config({"task": "ctr", "action_embedding": False}))

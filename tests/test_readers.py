@@ -1,4 +1,4 @@
-"""Reading data sets: the user's own tables, bad rows, and (where it is at hand) the real data."""
+"""Reading datasets: the user's own tables, bad rows, and the real data where available."""
 
 import re
 import sys
@@ -106,7 +106,7 @@ BAD = {
     "context": ("", " "),
     "split": ("", "1", "dev", "Train", "train "),
 }
-FORMATS = {  # separator, header, where the file goes, name of the data set
+FORMATS = {  # separator, header, path of the file, name of the dataset
     "1m": ("::", "", "ml-1m/ratings.dat", "ml-1m"),
     "100k": ("\t", "", "ml-100k/u.data", "ml-100k"),
     "recbole": ("\t", "u\ti\tr\tt\n", "ml-100k-recbole/ml-100k.inter", "ml-100k"),

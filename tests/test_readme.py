@@ -1,4 +1,4 @@
-"""The words of the README against the program: its commands run, its names exist."""
+"""The README against the program: its commands run, and its names exist."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def test_the_command_for_own_data(folder):
 
 
 def test_the_commands_for_rows_and_tokens(folder):
-    """As they stand, but for the length of the training and the sentence model."""
+    """As in the README, except for shorter training and the sentence model."""
     section = README.partition("## Rows and tokens")[2].partition("\n## ")[0]
     assert len(section.splitlines()) <= 25
     embed, *trainings = sorted(line for line in COMMANDS if line in ROWS)[::-1]
@@ -87,7 +87,7 @@ def test_the_commands_for_rows_and_tokens(folder):
 
 
 def test_the_commands_for_ctr(folder):
-    """As they stand, but for the length of the training and, the seconds saved, the number of processes."""
+    """As in the README, except for shorter training and, to save time, fewer processes."""
     section = README.partition("## CTR prediction")[2].partition("\n## ")[0]
     assert len(section.splitlines()) <= 25
     train, evaluate, rank, _, match, start = CTR
@@ -136,7 +136,7 @@ def test_every_named_file_exists():
 
 
 def test_every_module_is_in_the_map():
-    """And nothing else; of the package by its room."""
+    """And nothing else; modules of reclm by their subpackage."""
     section = README.partition("## The code")[2].partition("\n## ")[0]
     found, room = set(), Path()
     for line in section.splitlines():

@@ -1,4 +1,4 @@
-"""scripts/results.py: means and spreads by hand."""
+"""scripts/results.py: means and spreads by hand; scripts/plot_runs.py: curves and refusals."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def write_result(folder, seed, score, protocol="P3", names=RANKING):
         "protocol": protocol, "commit": "abc", "date": "2026-01-02 03:04:05", "num_processes": 2,
         "machine": "m", "seed": seed, "seconds": 90.0, "best_epoch": 7, "valid": metrics, "test": metrics,
     }  # fmt: skip
-    if names == RANKING:  # of ctr nothing is filtered
+    if names == RANKING:  # CTR filters nothing
         result["filter_seen"] = True
     (folder / "result.json").write_text(json.dumps(result))
     return str(folder)

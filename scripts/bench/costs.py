@@ -317,15 +317,10 @@ def plot(costs: dict, path: Path) -> None:
 
 def main() -> None:
     parser = measure.arguments(__doc__, "costs.json")
-    parser.add_argument(
-        "--plot",
-        type=measure.new_file,
-        default="costs.png",
-        help="figure to write; must not exist [default: costs.png]",
-    )
+    parser.add_argument("--plot", type=measure.new_file, default="costs.png", help="figure; must not exist")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch [default: %(default)s]")
     parser.add_argument(
-        "--items", type=int, default=1_000_000, help="size of the large catalogue [default: %(default)s]"
+        "--items", type=int, default=1_000_000, help="items of the large catalogue [default: 1,000,000]"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

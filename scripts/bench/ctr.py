@@ -165,23 +165,13 @@ def read_args() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch [default: %(default)s]")
     parser.add_argument("--users", type=int, default=8, help="users per batch to rank [default: %(default)s]")
     parser.add_argument(
-        "--candidates",
-        type=numbers,
-        default=[1, 10, 100, 1_000, 10_000],
-        help="candidates per user, comma-separated",
+        "--candidates", type=numbers, default=[1, 10, 100, 1_000, 10_000], help="candidates per user"
     )
     parser.add_argument(
-        "--at_once",
-        type=numbers,
-        default=[16, 64, 128, 256, 1_000],
-        help="candidates ranked at once, comma-separated",
+        "--at_once", type=numbers, default=[16, 64, 128, 256, 1_000], help="candidates ranked at once"
     )
-    parser.add_argument(
-        "--batches", type=int, default=2, help="training steps timed together [default: %(default)s]"
-    )
-    parser.add_argument(
-        "--row_batch", type=int, default=256, help="rows per pass of a step [default: %(default)s]"
-    )
+    parser.add_argument("--batches", type=int, default=2, help="steps timed together [default: %(default)s]")
+    parser.add_argument("--row_batch", type=int, default=256, help="rows per pass [default: %(default)s]")
     args, flags = parser.parse_known_args()
     return args, build_config(parse_args(flags) | {"task": "ctr", "device": "cpu"})
 

@@ -119,9 +119,7 @@ def arguments(doc: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--out", type=new_file, default=out, help=f"JSON file to write; must not exist [default: {out}]"
-    )
+    parser.add_argument("--out", type=new_file, default=out, help=f"new JSON file to write [default: {out}]")
     return parser
 
 

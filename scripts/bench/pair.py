@@ -37,20 +37,10 @@ def read_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--before", type=Path, required=True, help="the other checkout, with a main.py")
     parser.add_argument("--rounds", type=int, default=3, help="runs per checkout [default: %(default)s]")
     parser.add_argument(
-        "--processes",
-        type=int,
-        default=2,
-        help="processes of torchrun, one thread each; 1 = without torchrun [default: %(default)s]",
+        "--processes", type=int, default=2, help="of torchrun, one thread each; 1 = no torchrun"
     )
-    parser.add_argument(
-        "--items", type=int, help="train on synthetic data with this many items [default: off]"
-    )
-    parser.add_argument(
-        "--users",
-        type=int,
-        default=256,
-        help="users to train on in the synthetic data [default: %(default)s]",
-    )
+    parser.add_argument("--items", type=int, help="train on synthetic data with this many items")
+    parser.add_argument("--users", type=int, default=256, help="users in the synthetic data [default: 256]")
     args, flags = parser.parse_known_args()
     if not (args.before / "main.py").is_file():
         raise UserError(f"--before={args.before} has no main.py: name a checkout")

@@ -62,22 +62,20 @@ def columns(row: dict) -> dict[str, float]:
 
 def read_args() -> argparse.Namespace:
     parser = arguments(__doc__, "peers.json")
-    parser.add_argument(
-        "--peers", default="recbole,rectools", help=f"comma-separated, of {', '.join(PACKAGES)}"
-    )
+    parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
     parser.add_argument("--data_dir", help="folder of the data, as for main.py")
     parser.add_argument("--dataset", help="dataset, as for main.py")
     parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="kind of our blocks")
     parser.add_argument("--rounds", type=int, default=3, help="2 or more: the first one fills our cache")
     parser.add_argument("--steps", type=int, default=24, help="timed steps per peer; ours runs whole epochs")
     parser.add_argument(
-        "--time_to", type=float, default=0.15, help="also time training to this validation NDCG@10; 0 = off"
+        "--time_to", type=float, default=0.15, help="also time until this valid NDCG@10; 0 = off"
     )
     parser.add_argument("--time_limit", type=float, default=480.0, help="seconds per tool for --time_to")
     parser.add_argument(
         "--venvs",
         default=str(Path.home() / ".cache" / "reclm" / "bench"),
-        help="folder of the peers' virtual environments [default: ~/.cache/reclm/bench]",
+        help="folder for the peers' environments",
     )
     args = parser.parse_args()
     args.peers = [name for name in args.peers.split(",") if name]
