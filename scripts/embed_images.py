@@ -5,9 +5,9 @@
     python main.py --dataset=ml-1m --item_features=posters.npy
 
 The folder contains <item id>.jpg, .jpeg or .png; an item without an image gets zeros. --model is any timm
-model: its classifier is removed, and images are resized, cropped and normalised by its data config. Weights
-come from the Hugging Face hub or from --weights, a state dict with timm's parameter names. The flags of
-main.py for data apply. Runs on the CPU.
+model: the features are the output of its last pooling, and images are resized, cropped and normalised by its
+data config. Weights come from the Hugging Face hub or from --weights, a state dict with timm's parameter
+names. The flags of main.py for data apply. Runs on the CPU.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 
 candidates.csv has the columns user and item, and optionally timestamp, the time at which the item is shown
 [default: the latest time in the data]. The output has the same rows with a column probability, that of a
-positive action; each user's best candidates come first. The flags of `main.py --eval_only=true` apply.
+positive action; each user's best candidates come first, and columns that main.py does not know are dropped.
+The flags of `main.py --eval_only=true` apply.
 
 The checkpoint must be of --task=ctr, and its data must contain every user and item. The model sees each
 user's complete history, whatever the timestamp of a candidate.

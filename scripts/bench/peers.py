@@ -32,12 +32,7 @@ from reclm.config import DataConfig
 from reclm.errors import UserError
 
 TORCH = "torch==2.13.0"
-OLD = [
-    "setuptools<80",
-    "numpy==1.26.4",
-    "pandas<2.3",
-    "scipy<1.12",
-]  # the newest versions that RecBole works with
+OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that work with RecBole
 PACKAGES = {
     "recbole": ["recbole==1.2.1", TORCH, *OLD],
     "rectools": ["rectools[torch]==0.19.0", TORCH],
@@ -81,9 +76,7 @@ def read_args() -> argparse.Namespace:
     args.peers = [name for name in args.peers.split(",") if name]
     unknown = [name for name in args.peers if name not in PACKAGES]
     if unknown or args.rounds < 2 or args.steps < 1:
-        raise UserError(
-            f"--peers must be of {', '.join(PACKAGES)}; --rounds at least 2 and --steps at least 1"
-        )
+        raise UserError(f"--peers must be of {', '.join(PACKAGES)}; --rounds at least 2, --steps at least 1")
     if args.model_name == "hstu" and args.peers not in ([], ["rectools"]):
         raise UserError("only RecTools has HSTU blocks: use --peers=rectools with --model_name=hstu")
     return args
