@@ -33,7 +33,7 @@ from reclm.nn.heads import NUM_BUCKETS, distribution_errors, time_buckets
 from reclm.run import report
 
 COARSE = torch.tensor([1, 2, 5, 10, 20, 30, 45, 60, 120, 300, 1800, 86400, 1e7], dtype=torch.float64)
-SMOOTHING = (1, 20, 100, 500)  # gaps of the histogram that are added to the counts
+SMOOTHING = (1, 20, 100, 500)  # weights of the histogram, as numbers of gaps
 
 
 class Baseline(nn.Module):
@@ -77,15 +77,16 @@ def markov_chain(dataset: Dataset) -> np.ndarray:
 def gap_table(
     dataset: Dataset, order: int, fine: bool, smoothing: float, rows: np.ndarray
 ) -> dict[str, float]:
-    """Means over `rows` of `distribution_errors`, the gap that ends in each being forecast by the training
-    gaps that followed the same `order` gaps, plus `smoothing` times the histogram of all training gaps."""
+    """Means of `distribution_errors` over `rows` (n,), where the gap that ends in a row is forecast from the
+    training gaps that followed the same `order` gaps, in time-head buckets (`fine`) or in COARSE ones. The
+    histogram of all training gaps is added with a total weight of `smoothing`."""
     gaps = torch.from_numpy(np.diff(dataset.timestamps, prepend=0.0).clip(min=0))
     buckets = time_buckets(gaps).numpy()
     codes = buckets if fine else torch.bucketize(gaps, COARSE, right=True).numpy()
     size = NUM_BUCKETS if fine else len(COARSE) + 1
     state = sum(np.roll(codes, k) * size ** (k - 1) for k in range(1, order + 1)) + np.zeros_like(codes)
     train = np.flatnonzero(dataset.in_training & (dataset.place >= 1))
-    histogram = np.bincount(buckets[train], minlength=NUM_BUCKETS) + 1.0  # no gap is impossible
+    histogram = np.bincount(buckets[train], minlength=NUM_BUCKETS) + 1.0  # no gap has probability 0
     counts = np.zeros((size**order, NUM_BUCKETS))
     known = train[dataset.place[train] > order]
     np.add.at(counts, (state[known], buckets[known]), 1)
@@ -98,7 +99,7 @@ def gap_table(
 
 
 def print_gap_tables(dataset: Dataset) -> None:
-    """NLL in nats and MAE, both of log(1 + seconds), of the tables that are best on validation."""
+    """Print NLL (nats) and MAE, both of log(1 + seconds), for the tables that are best on validation."""
     rows = {split: dataset.offsets[dataset.ranked_users + 1] - back for split, back in HELD_OUT.items()}
     print("\nTime to the next action     valid NLL      MAE    test NLL      MAE")
     for order, name in enumerate(("histogram of gaps", "given the gap before", "given two gaps before")):
