@@ -326,7 +326,7 @@ def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work, m
         evaluated = read_json(work / "a" / "eval-best.json")["test"]
         for name, value in trained["test"].items():  # times: means of float32, in another order
             assert evaluated[name] == pytest.approx(value, abs=1e-5 if "time" in name else 1e-12), name
-    for words in ("negative feedback: HR@10", "user's mean", "are negative feedback: never"):
+    for words in ("negative feedback: HR@10", "to the next action: NLL", "are negative feedback: never"):
         assert words in shown.stdout
 
 

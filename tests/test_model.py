@@ -398,7 +398,8 @@ def test_weights_begin_as_the_table_says(changes):
     embeddings = ("item_embedding", "user_embedding", "token_embedding")
     std = dict.fromkeys((*embeddings, "wq", "wk", "wv", "wu", "w1", "w3", "hidden"), unit)
     std |= {"wo": unit * residual, "w2": 192**-0.5 * residual, "gate": zero, "logit": zero}
-    std |= dict.fromkeys(("position_embedding", "time_embedding", "code_embeddings", "time_head"), zero)
+    std |= dict.fromkeys(("position_embedding", "time_embedding", "code_embeddings", "logits"), zero)
+    std |= {"of_hidden": unit, "of_recent": 128**-0.5, "inner": 128**-0.5, "of_statistics": 3**-0.5}
     std |= dict.fromkeys(("projections", "gates"), zero)  # of content
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
