@@ -13,7 +13,8 @@ published table, which --write fills in between `<!-- block: NAME -->` and `<!--
     {p3_best test/NDCG@10}                .2023 ± .0009, mean and sample standard deviation over the seeds
     {p3_best minutes:.0f}                 the mean, in a format of Python's
     {p3_best n}                           the number of seeds
-    {bench.json results/ours/users:,.0f}  a value of configs/records/bench.json
+    {peers.json results/ours/users/s/median:,.0f}  a value of configs/records/peers.json; a table, if it is
+                                          a list of rows or a dict
 """
 
 import argparse
@@ -77,6 +78,22 @@ def spread(numbers: list[float]) -> str:
     return " ± ".join(f"{part:.4f}".removeprefix("0") for part in parts)
 
 
+def as_table(value: dict | list[dict]) -> str:
+    """A list of rows, {name: number}, or {name: {size: number}} as a Markdown table."""
+    if isinstance(value, dict):
+        pairs = {name: v if isinstance(v, dict) else {"": v} for name, v in value.items()}
+        value = [
+            {"": name, "value": ", ".join(f"{key}: {number(v)}".removeprefix(": ") for key, v in row.items())}
+            for name, row in pairs.items()
+        ]
+    lines = [list(value[0]), ["---"] * len(value[0]), *(map(number, row.values()) for row in value)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def fill(template: str, folder: Path = RECORDS) -> str:
     """A template with its placeholders replaced."""
 
@@ -85,6 +102,8 @@ def fill(template: str, folder: Path = RECORDS) -> str:
         found = values(name, "run" if path == "n" else path, folder)
         if path == "n":
             return str(len(found))
+        if isinstance(found[0], dict | list):
+            return as_table(found[0])
         if isinstance(found[0], str):
             return ", ".join(dict.fromkeys(found))
         return format(statistics.mean(found), form) if form else spread(found)

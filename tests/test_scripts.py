@@ -84,6 +84,9 @@ def test_no_result_stands_outside_a_block():
             assert re.findall(r"(?<![\w.])0?\.\d{4}\b", text) == [], path.name
 
 
+SPEEDS = {"x": {"tokens/s": {"median": 1234.4}}, "rows": [{"T": 200, "ms": 0.12}, {"T": 1000, "ms": 12.345}]}
+
+
 @pytest.fixture
 def records(tmp_path):
     rows = [
@@ -91,7 +94,7 @@ def records(tmp_path):
         for seed, value in enumerate((0.1, 0.3))
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "b.json").write_text(json.dumps({"x": {"tokens/s": {"median": 1234.5}}}))
+    (tmp_path / "b.json").write_text(json.dumps(SPEEDS))
     return tmp_path
 
 
@@ -100,6 +103,8 @@ def test_placeholders_by_hand(records):
         "{a/lr=1 test/liked/HR@10}, {a/lr=1 n} seeds": ".2000 ± .1414, 2 seeds",
         "{a/lr=1 machine} {a/lr=1 seed:.1f}": "m 0.5",
         "{b.json x/tokens/s/median:,.0f}": "1,234",
+        "{b.json x}": "|  | value |\n| --- | --- |\n| tokens/s | median: 1,234 |",
+        "{b.json rows}": "| T | ms |\n| --- | --- |\n| 200 | 0.12 |\n| 1,000 | 12.3 |",
     }.items():
         assert results.fill(template, records) == filled
     for wrong in ("{c test/HR@10}", "{a/lr=1 test/HR@10}", "{c.json x}"):
