@@ -2,10 +2,10 @@
 
     <profile> <profile> ...  <weekday> <hour> <item>  <gap> <item>  <weekday> <hour> <gap> <item> ...
 
-Token ids form one vocabulary: 0 is padding and 1 .. V - 1 are items, followed by profile tokens (one range per
+Token ids form one vocabulary: 0 is padding, 1 .. V - 1 are items, then come profile tokens (one range per
 field, whose first id is "unknown") and time tokens: the gap since the previous action (in log-scale buckets),
-and at the start of a session its weekday and hour (UTC). Only items are ranked and predicted. For each action,
-one position predicts the next item: its own, or with `request_time` that of the last time token before it."""
+and at the start of a session its weekday and hour (UTC). Only items are ranked and predicted. Per action, one
+position predicts the next item: its own, or with `request_time` that of the last time token before it."""
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class Inputs(nn.Module):
             return values.new_zeros(len(values), size + 1).scatter(1, target, values)[:, :size]
 
         def by_action(name: str, in_prefix: Tensor, of_next: Tensor) -> Tensor:
-            """A batch field (B, T) -> (B, S): its value for items, `of_next` for the tokens that follow them"""
+            """A batch field (B, T) -> (B, S): its value for items, `of_next` for time tokens after them"""
             values = of_next[..., None].repeat(1, 1, step)  # (B, T, n)
             values[..., 0] = batch[name]
             return close_up(torch.cat([in_prefix.expand(-1, width), values.flatten(1)], dim=1))
