@@ -44,7 +44,7 @@ def parse(argv: list[str], where: str) -> dict:
     """{name: value} of one source of settings. An error message starts with `where`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings below, by name; may be repeated")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     for cls in SECTIONS.values():
         parser.add_class_arguments(cls, None, as_group=True)
     try:
