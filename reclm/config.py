@@ -107,10 +107,7 @@ class ModelConfig:
         if self.time_head and self.request_time:
             raise UserError("--request_time=true reveals the time that --time_head=true predicts: drop one")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise UserError(
-                f"--dim={self.dim} does not split into --n_heads={self.n_heads} heads of even width: "
-                f"use a multiple of {2 * self.n_heads}"
-            )
+            raise UserError(f"--dim={self.dim} must be an even multiple of --n_heads={self.n_heads}")
         if self.n_heads % self.kv_heads:
             raise UserError(f"--n_heads={self.n_heads} must be a multiple of --n_kv_heads={self.n_kv_heads}")
 
@@ -319,10 +316,7 @@ def build_config(values: dict) -> Config:
     for name in flat:
         refuse_without_effect(name, flat)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
-        raise UserError(
-            "--cold_items has no way to keep its items out of the negatives of --share_negatives=false: "
-            "leave one out"
-        )
+        raise UserError("--cold_items cannot keep its items out of --share_negatives=false: leave one out")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
         raise UserError(
             "--filter_seen=false ranks the items of the history, which are no negatives in training: "
