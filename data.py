@@ -8,7 +8,7 @@ A batch is a dict of tensors, all that the model knows of the data:
     timestamps, next_timestamps (B, T) float64   seconds since 1970 of each action and of the one after it;
                               missing where the data have no times
     profiles   (B, P) int64   one code per profile field; with --profile_tokens
-    actions, contexts (B, T) int64   one code per action; with --action_embedding and a column `context`
+    actions, contexts (B, T) int64   one code per action; with --action_embedding; with a column `context`
   in training also
     targets    (B, T) int64   the item after each position; 0 if there is none or it is negative feedback
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn per position
@@ -244,7 +244,7 @@ class TrainBatches:
     def compose(self, rng: np.random.Generator) -> list[np.ndarray]:
         """The indices of the sequences of each batch of an epoch."""
         # A batch is as wide as its longest sequence, so sequences of similar length waste little on padding.
-        # Sorting all of them would make every epoch the same: sort within random pools of 16 batches only.
+        # Sorting all would put the same ones together in every epoch: sort within random pools of 16 batches.
         size = self.cfg.batch_size
         order = rng.permutation(len(self.sequences.sizes))
         pools = np.split(order, range(16 * size, len(order), 16 * size))

@@ -10,8 +10,8 @@ Reading order: this file, model.py, data.py, evaluate.py; then reclm/ as needed.
 
 import os
 
-# Idle OpenMP threads sleep instead of spinning, which halves the speed of processes that share cores. OpenMP
-# reads this once, when torch is imported.
+# Let idle OpenMP threads sleep: spinning, they halve the speed of processes that share cores. OpenMP reads
+# this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import math
@@ -111,7 +111,7 @@ class Progress:
     seconds: float = 0.0  # of wall-clock time, over all launches of this run
     best_score: float = -math.inf  # best validation score so far (metrics.CHOOSE_BY)
     best_epoch: int = -1
-    bad_epochs: int = 0  # epochs since best_epoch, for --patience
+    bad_epochs: int = 0  # epochs without improvement, for --patience
 
 
 class Run:
@@ -265,7 +265,7 @@ def accumulate_gradients(run: Run, micro_batches: list[dict[str, Tensor]], num_t
         with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
             loss = run.parallel(batch)  # the SUM over targets, whose number differs between micro-batches
             # DDP averages gradients over the processes. This factor undoes that and divides by the targets of
-            # all processes instead, so the step does not depend on how many processes share the batch.
+            # all processes instead, so each target counts equally, however the processes share the batch.
             (loss * (dist.data_world() / max(num_targets, 1))).backward()
         loss_sum += loss.item()
     return loss_sum

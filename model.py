@@ -322,8 +322,8 @@ class SequenceRecommender(nn.Module):
 
 def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
     """task=matching, next-item prediction: the loss or scores of SequenceRecommender.forward."""
-    # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. What
-    # is new is the user vector, which the blocks compute from the history instead of looking it up.
+    # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. But
+    # the user vector is not looked up in a table: the blocks compute it from the history.
     if "targets" not in batch:
         return model.encode(batch, True, table)[:, 0] @ table.T  # (B, V)
     hidden = model.encode(batch, table=table)  # (B, T, D)

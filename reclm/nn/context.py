@@ -73,7 +73,7 @@ class Context:
 
 def visible(positions: Tensor, key_positions: Tensor, window: int, candidates: bool) -> Tensor:
     """Positions of queries (1 or B, Q) and keys (1 or B, K) -> bool (1 or B, Q, K), True = attends."""
-    age = positions[:, :, None] - key_positions[:, None]  # in positions
+    age = positions[:, :, None] - key_positions[:, None]  # distance in positions
     seen = age >= int(candidates)
     return seen & (age < window) if window else seen
 

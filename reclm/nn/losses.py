@@ -31,9 +31,9 @@ def exclude_negatives(negatives: Tensor, targets: Tensor, excluded: Excluded | N
     """Distinct negatives (N,), targets (M,) -> bool (M, N): True where one is the target or excluded."""
     if excluded is None:
         return negatives == targets[:, None]
+    # Binary search in the N negatives: a (B, V) mask, or comparing all L x N pairs, would cost far more.
     ordered, order = negatives.sort()
     place = torch.searchsorted(ordered, excluded.seen_items).clamp(max=len(negatives) - 1)  # (B, L)
-    # Look each history up in the N negatives: a mask of B x V, or comparing L x N, would cost far more.
     found = ordered[place] == excluded.seen_items
     columns = order[place].masked_fill(~found, len(negatives))  # (B, L); misses go to column N, cut off below
     seen = torch.isin(negatives, excluded.cold_items)  # (N,)
