@@ -255,7 +255,7 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Run: not part of a checkpoint"""
+    """Run (not stored in checkpoints)"""
 
     eval_only: bool = setting(False, "free")
     """evaluate a checkpoint instead of training"""

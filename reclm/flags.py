@@ -19,7 +19,7 @@ REMOVED = {  # settings of earlier versions and what replaces them; docs/log.md 
     "time_weight": "the weight of the next-time loss is always 0.1",
     "gbce_t": "the calibration of gbce is always 0.75, as in gSASRec",
     "split_seed": "--ctr_split=random always draws the same split",
-    "unordered_ok": "ml-1m-m1 needs ratings.dat in data/ml-1m",
+    "unordered_ok": "ml-1m-m1 needs ml-1m/ratings.dat in --data_dir",
     "pad_to": "a batch is always as wide as its longest sequence",
     "eval_batch_size": "it follows from the number of items and from --max_len",
 }
