@@ -316,7 +316,7 @@ def build_config(values: dict) -> Config:
     for name in flat:
         refuse_without_effect(name, flat)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
-        raise UserError("--cold_items cannot keep its items out of --share_negatives=false: leave one out")
+        raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
         raise UserError(
             "--filter_seen=false ranks the items of the history, which are no negatives in training: "
