@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from data import HELD_OUT, eval_batches, impression_batches
 from reclm.config import EvalConfig
-from reclm.data.dataset import Dataset, gap_statistics
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.metrics import ctr_metrics, rank_of_target, ranking_sums
-from reclm.nn.heads import NARROWEST, TIME_ERRORS, forecast_errors
+from reclm.nn.heads import TIME_ERRORS
 from reclm.run import dist
 
 # Limits of an evaluation batch, to bound memory for any catalogue and any history.
@@ -102,12 +102,12 @@ def mean_over_processes(sums: dict[str, float], count: int) -> tuple[dict[str, f
 @torch.inference_mode()
 def time_metrics(model: nn.Module, dataset: Dataset, split: str) -> dict[str, float]:
     """Mean errors of the predicted time to the held-out action over the users of all processes, {"time_NLL":
-    ..., "time_MAE": ..., ...} (reclm/nn/heads.py)."""
-    spread, sums, count = gap_statistics(dataset, NARROWEST), Counter(), 0
+    nats, "time_MAE": of log(1 + seconds)} (reclm/nn/heads.py)."""
+    sums, count = Counter(), 0
     max_len = model.cfg.max_len
     batches = eval_batches(dataset, split, max_len, batch_size(dataset, max_len))
     for batch in on_device(model, batches):
-        errors = model(batch, output="time_errors") | forecast_errors(batch, spread)
+        errors = model(batch, output="time_errors")
         sums.update({name: error.double().sum().item() for name, error in errors.items()})
         count += len(batch["lengths"])
     return mean_over_processes({name: sums[name] for name in TIME_ERRORS}, count)[0]

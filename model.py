@@ -22,7 +22,7 @@ from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import choose
 from reclm.nn.context import Context, KVCache, rotate, rotations
-from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, log_time, time_errors
+from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, time_errors, time_loss
 from reclm.nn.hstu import HSTUBlock
 from reclm.nn.inputs import Inputs, ItemContent
 from reclm.nn.layers import (
@@ -179,17 +179,16 @@ class SequenceRecommender(nn.Module):
     def init_weights(self) -> None:
         """Set the initial value of every matrix, by the type of its module (reclm/nn/layers.py):
 
-        | module             | where                                    | initial value                      |
-        |--------------------|------------------------------------------|------------------------------------|
-        | Embedding          | items, users, profile and time tokens    | normal, std 1 / sqrt(D): unit rows |
-        | Linear             | wq wk wv wu w1 w3, CTRHead.hidden        | normal, std 1 / sqrt(fan in)       |
-        | ResidualLinear     | wo w2                                    | the same / sqrt(2 n_layers)        |
-        | ZeroLinear         | gates, content, CTR logit, time head     | 0, so that a gate starts at 1/2    |
-        | ZeroEmbedding(Bag) | position, time, feedback, words          | 0: no effect before training       |
+        | module             | where                                | initial value                          |
+        |--------------------|--------------------------------------|----------------------------------------|
+        | Embedding(Bag)     | items, users, tokens, time-head gaps | normal, std 1 / sqrt(width): unit rows |
+        | Linear             | wq wk wv wu w1 w3, layers of heads   | normal, std 1 / sqrt(fan in)           |
+        | ResidualLinear     | wo w2                                | the same / sqrt(2 n_layers)            |
+        | ZeroLinear         | gates, content, outputs of heads     | 0, so that a gate starts at 1/2        |
+        | ZeroEmbedding(Bag) | position, time, feedback, words      | 0: no effect before training           |
 
         Vectors keep the values that their modules gave them: norm gains 1, the relative bias of HSTU 0, the
-        bias of TimeHead an even mixture, those of CTRHead torch's default. The item rows of padding and of
-        cold items are 0 and stay 0 in training."""
+        biases of heads torch's default. Item rows of padding and cold items are 0 and stay 0 in training."""
         for module in self.modules():
             for weight in module.parameters(recurse=False):
                 if weight.dim() < 2:
@@ -331,8 +330,7 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
     loss = model.compute_loss(hidden, table, targets, *model.negatives(batch, valid, targets))
     if model.time_head is not None:
-        gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]  # (M,)
-        loss = loss + TIME_WEIGHT * model.time_head(hidden, log_time(gaps)).sum()
+        loss = loss + TIME_WEIGHT * time_loss(model.time_head, hidden, batch, valid)
     return loss
 
 

@@ -1,10 +1,15 @@
-"""Rankings without learning, in the same harness as the models: what of a result is the data's own order?
+"""Counting baselines in the harness of the models: how much of a result is in the data without learning?
 
     python scripts/baselines.py --dataset=ml-1m-sasrec
     python scripts/baselines.py --dataset=ml-1m --min_item_count=5 --shuffle_ties=1
 
-Popularity ranks items by how often they were trained on; the first-order Markov chain by how often they
-followed the user's last item, then by popularity. All flags of main.py that name data or evaluation count.
+Popularity ranks items by their number of training actions. The first-order Markov chain ranks them by how
+often they followed the user's last item, then by popularity.
+
+Where the data have timestamps, three tables forecast the time to the next action (--time_head): the histogram
+of all training gaps, and the same given the gap before, and given the two gaps before. How finely the earlier
+gaps are told apart and how strongly counts are smoothed towards the histogram is chosen on validation, for
+each metric. The flags of main.py that concern data and evaluation apply.
 """
 
 import sys
@@ -16,13 +21,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import load_dataset
+from data import HELD_OUT, load_dataset
 from evaluate import evaluate
 from reclm.config import ModelConfig, build_config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.flags import parse_args
+from reclm.nn.heads import NUM_BUCKETS, distribution_errors, time_buckets
 from reclm.run import report
+
+COARSE = torch.tensor([1, 2, 5, 10, 20, 30, 45, 60, 120, 300, 1800, 86400, 1e7], dtype=torch.float64)
+SMOOTHING = (1, 20, 100, 500)  # gaps of the histogram that are added to the counts
 
 
 class Baseline(nn.Module):
@@ -60,6 +69,41 @@ def markov_chain(dataset: Dataset) -> np.ndarray:
     return counts + popular / (popular.max() + 1)
 
 
+def gap_table(
+    dataset: Dataset, order: int, fine: bool, smoothing: float, rows: np.ndarray
+) -> dict[str, float]:
+    """Means over `rows` of `distribution_errors`, the gap that ends in each being forecast by the training
+    gaps that followed the same `order` gaps, plus `smoothing` times the histogram of all training gaps."""
+    gaps = torch.from_numpy(np.diff(dataset.timestamps, prepend=0.0).clip(min=0))
+    buckets = time_buckets(gaps).numpy()
+    codes = buckets if fine else torch.bucketize(gaps, COARSE, right=True).numpy()
+    size = NUM_BUCKETS if fine else len(COARSE) + 1
+    state = sum(np.roll(codes, k) * size ** (k - 1) for k in range(1, order + 1)) + np.zeros_like(codes)
+    train = np.flatnonzero(dataset.in_training & (dataset.place >= 1))
+    histogram = np.bincount(buckets[train], minlength=NUM_BUCKETS) + 1.0  # no gap is impossible
+    counts = np.zeros((size**order, NUM_BUCKETS))
+    known = train[dataset.place[train] > order]
+    np.add.at(counts, (state[known], buckets[known]), 1)
+    counts = np.where(dataset.place[rows, None] > order, counts[state[rows]], 0)
+    counts = counts + smoothing * histogram / histogram.sum()
+    probabilities = torch.from_numpy(counts / counts.sum(1, keepdims=True))
+    owner = torch.from_numpy(dataset.owner[rows])
+    errors = distribution_errors(probabilities.log(), gaps[rows], owner)
+    return {name: error.mean().item() for name, error in errors.items()}
+
+
+def print_gap_tables(dataset: Dataset) -> None:
+    """NLL in nats and MAE, both of log(1 + seconds), of the tables that are best on validation."""
+    rows = {split: dataset.offsets[dataset.ranked_users + 1] - back for split, back in HELD_OUT.items()}
+    print("\nTime to the next action     valid NLL      MAE    test NLL      MAE")
+    for order, name in enumerate(("histogram of gaps", "given the gap before", "given two gaps before")):
+        options = [(fine, smoothing) for fine in (False, True) for smoothing in SMOOTHING]
+        tried = [[gap_table(dataset, order, *how, rows[split]) for split in HELD_OUT] for how in options]
+        best = {name: min(tried, key=lambda both: both[0][name]) for name in ("time_NLL", "time_MAE")}
+        values = [best[metric][i][metric] for i in (0, 1) for metric in best]
+        print(name.ljust(24) + "".join(f"{value:{12 - 3 * (i % 2)}.4f}" for i, value in enumerate(values)))
+
+
 def main() -> None:
     try:
         cfg = build_config(parse_args())
@@ -73,6 +117,8 @@ def main() -> None:
                         f"{split.upper()}, {name}", evaluate(model, dataset, split, cfg.eval), cfg
                     )
                 )
+        if len(dataset.timestamps):
+            print_gap_tables(dataset)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,30 +1,140 @@
-"""Mean and spread of runs that differ in their seed, as a row for configs/RESULTS.md.
+"""Results and their records: show the runs of several seeds, write the tables of the docs, remake a number.
 
-python scripts/results.py runs/default-0 runs/default-1 runs/default-2
+    python scripts/results.py runs/p3_best-0 runs/p3_best-1                # mean ± sample standard deviation
+    python scripts/results.py --record=p3_best runs/p3_best-0 >> configs/records/matching.jsonl
+    python scripts/results.py --write                                      # README.md, docs/, configs/*.yaml
+    python scripts/results.py --check=p3_best                              # run its commands and compare
+
+A record is one line of a configs/records/*.jsonl: name, seed, commands, commit, date, machine, minutes,
+metrics. Records of several seeds share their name. configs/records/blocks.md has a template of every
+published table, which --write fills in between `<!-- block: NAME -->` and `<!-- end -->`, in YAML between
+`# block: NAME` and `# end`:
+
+    {p3_best test/NDCG@10}                .2023 ± .0009, mean and sample standard deviation over the seeds
+    {p3_best minutes:.0f}                 the mean, in a format of Python's
+    {p3_best n}                           the number of seeds
+    {bench.json results/ours/users:,.0f}  a value of configs/records/bench.json
 """
 
+import argparse
 import json
+import re
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "configs" / "records"
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR", "AUC", "GAUC", "logloss", "NE")  # of either task
-SOME = (  # of runs with --negative_below, --cold_items or --time_head
-    "liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10",
-    "time_NLL", "time_NLL_last_gap", "time_NLL_user_mean",
-    "time_MAE", "time_MAE_last_gap", "time_MAE_user_mean",
-)  # fmt: skip
+SOME = ("liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10", "time_NLL", "time_MAE")
+BLOCK = re.compile(r"^(# |<!-- )block: (\S+)( -->)?\n.*?^(# |<!-- )end( -->)?$", re.DOTALL | re.MULTILINE)
+PLACEHOLDER = re.compile(r"\{(\S+) ([^{}:]+)(?::([^{}]+))?\}")
+SEED_NOISE = {"NDCG@10": 0.004, "AUC": 0.004}  # what one seed may differ by where a record has no spread
 
 
-def spread(values: list[float]) -> str:
-    """ "mean ± sample standard deviation", or the value alone."""
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+# ---------------------------------------------------------------- records
 
 
-def main(folders: list[str]) -> None:
-    if not folders:
-        raise SystemExit(__doc__)
+@cache
+def read_records(folder: Path = RECORDS) -> dict[str, list[dict]]:
+    """{name: its records, one per seed} of all *.jsonl of a folder."""
+    records = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            records.setdefault(record["run"], []).append(record)
+    return records
+
+
+def values(name: str, path: str, folder: Path = RECORDS) -> list:
+    """What `path` ("test/NDCG@10") is in each record called `name`, or in a JSON file. Raises SystemExit for
+    an unknown name or path."""
+    if name.endswith(".json"):
+        sources = [json.loads((folder / name).read_text())] if (folder / name).is_file() else []
+    else:
+        sources = read_records(folder).get(name, [])
+    if not sources:
+        raise SystemExit(f"error: no record {name} in {folder}")
+    found = []
+    for value in sources:
+        keys = path
+        while keys:  # names of metrics may hold a slash themselves
+            key = next((k for k in value if keys == k or keys.startswith(f"{k}/")), None)
+            if key is None:
+                raise SystemExit(f"error: record {name} has no {path}")
+            value, keys = value[key], keys[len(key) + 1 :]
+        found.append(value)
+    return found
+
+
+def spread(numbers: list[float]) -> str:
+    """ "mean ± sample standard deviation", or the value alone, with four digits: .2023 ± .0009"""
+    parts = [statistics.mean(numbers), *([statistics.stdev(numbers)] if len(numbers) > 1 else [])]
+    return " ± ".join(f"{part:.4f}".removeprefix("0") for part in parts)
+
+
+def fill(template: str, folder: Path = RECORDS) -> str:
+    """A template with its placeholders replaced."""
+
+    def value(match: re.Match) -> str:
+        name, path, form = match.groups()
+        found = values(name, "run" if path == "n" else path, folder)
+        if path == "n":
+            return str(len(found))
+        if isinstance(found[0], str):
+            return ", ".join(dict.fromkeys(found))
+        return format(statistics.mean(found), form) if form else spread(found)
+
+    return PLACEHOLDER.sub(value, template)
+
+
+# ---------------------------------------------------------------- --write
+
+
+def read_blocks(folder: Path = RECORDS) -> dict[str, str]:
+    """{name: filled text} of the blocks of blocks.md, each under a heading `## name`."""
+    _, *parts = re.split(r"^## (\S+)\n", (folder / "blocks.md").read_text(), flags=re.MULTILINE)
+    return {name: fill(text.strip(), folder) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """The text of a file with every marked block written again. Raises SystemExit for an unknown one."""
+
+    def block(match: re.Match) -> str:
+        name = match[2]
+        if name not in blocks:
+            raise SystemExit(f"error: no block {name} in {RECORDS / 'blocks.md'}")
+        begin, end = match[0].splitlines()[0], match[0].splitlines()[-1]
+        comment = "# " if match[1] == "# " else ""
+        return "\n".join([begin, *(comment + line for line in blocks[name].splitlines()), end])
+
+    return BLOCK.sub(block, text)
+
+
+def written_files(root: Path = ROOT) -> list[Path]:
+    """The files that may hold blocks."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("configs/*.yaml"))]
+
+
+def write() -> None:
+    blocks = read_blocks()
+    for path in written_files():
+        old = path.read_text()
+        new = with_blocks(old, blocks)
+        if new != old:
+            path.write_text(new)
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+# ---------------------------------------------------------------- results of runs
+
+
+def read_results(folders: list[str]) -> list[dict]:
+    """The result.json of each run. Raises SystemExit where one is missing or they are not comparable."""
     missing = [folder for folder in folders if not (Path(folder) / "result.json").is_file()]
     if missing:
         raise SystemExit(f"error: no result.json in {', '.join(missing)}: that run has not ended")
@@ -32,6 +142,10 @@ def main(folders: list[str]) -> None:
     protocols = {result["protocol"] for result in results}
     if len(protocols) > 1:
         raise SystemExit(f"error: these runs follow different protocols: {', '.join(sorted(protocols))}")
+    return results
+
+
+def show(results: list[dict]) -> None:
     first = results[0]
     processes = first.get("num_processes", first.get("world_size"))  # its name in older results
     names = [name for name in (*METRICS, *SOME) if name in first["test"]]  # by the first an epoch is chosen
@@ -49,5 +163,81 @@ def main(folders: list[str]) -> None:
         print(f"test      {name} {spread([result['test'][name] for result in results])}")
 
 
+def print_records(name: str, results: list[dict]) -> None:
+    """One line per result, for a file of configs/records/."""
+    for result in results:
+        program, *flags = shlex.split(result["command"])
+        flags = [flag for flag in flags if not flag.startswith("--out_dir")]
+        count = result["num_processes"]
+        start = f"torchrun --standalone --nproc_per_node={count}" if count > 1 else "python"
+        record = {
+            "run": name,
+            "seed": result["seed"],
+            "commands": [" ".join([start, program, *flags])],
+            "commit": result["commit"],
+            "date": result["date"][:10],
+            "machine": result["machine"],
+            "minutes": round(result["seconds"] / 60, 2),
+            "best_epoch": result["best_epoch"],
+        }
+        for split in ("valid", "test"):
+            record[split] = {metric: round(value, 6) for metric, value in result[split].items()}
+        print(json.dumps(record))
+
+
+# ---------------------------------------------------------------- --check
+
+
+def within(known: list[float], new: float, noise: float) -> tuple[bool, str]:
+    """Is a remade value within two standard deviations of the recorded seeds, or `noise` where there is one
+    seed? With a sentence."""
+    allowed = max(2 * statistics.stdev(known), 1e-4) if len(known) > 1 else noise
+    why = f"two standard deviations of {len(known)} seeds" if len(known) > 1 else "the noise of a seed"
+    good = abs(new - statistics.mean(known)) <= allowed
+    verdict = "within" if good else "NOT within"
+    return good, f"{spread([new])}, recorded {spread(known)}: {verdict} {spread([allowed])}, {why}"
+
+
+def check(name: str, folder: Path = RECORDS) -> bool:
+    """Run the commands of the first record called `name`, print how its test metric compares with the
+    recorded seeds, and return whether it is within their spread. Raises SystemExit where a command fails."""
+    start = {"torchrun": ["-m", "torch.distributed.run"], "python": []}
+    with tempfile.TemporaryDirectory() as out:
+        for command in values(name, "commands", folder)[0]:
+            command = command.replace("$OUT", out) if "$OUT" in command else f"{command} --out_dir={out}"
+            print(command, flush=True)
+            program, *rest = shlex.split(command)
+            if subprocess.run([sys.executable, *start[program], *rest], cwd=ROOT).returncode:
+                raise SystemExit(f"error: {name} was not remade: {command}")
+        written = [Path(out) / file for file in ("eval-best.json", "result.json")]
+        found = [json.loads(path.read_text()) for path in written if path.is_file()]
+    if not found:
+        raise SystemExit(f"error: the commands of {name} write no result file: compare what they print")
+    test = found[0]["test"]
+    metric = next(metric for metric in SEED_NOISE if metric in test)
+    good, sentence = within(values(name, f"test/{metric}", folder), test[metric], SEED_NOISE[metric])
+    print(f"{name}: test {metric} {sentence}")
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write all blocks of README.md, docs/, configs/")
+    parser.add_argument("--check", metavar="NAME", help="remake a record and compare")
+    parser.add_argument("--record", metavar="NAME", help="print the runs as records of that name")
+    parser.add_argument("runs", nargs="*", help="folders of finished runs")
+    args = parser.parse_args()
+    if args.write:
+        write()
+    elif args.check:
+        raise SystemExit(0 if check(args.check) else 1)
+    elif not args.runs:
+        parser.error("name the folders of runs, or --write, or --check=NAME")
+    elif args.record:
+        print_records(args.record, read_results(args.runs))
+    else:
+        show(read_results(args.runs))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

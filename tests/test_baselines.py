@@ -1,4 +1,4 @@
-"""scripts/baselines.py: popularity and a Markov chain by hand."""
+"""scripts/baselines.py: popularity, a Markov chain and tables of gaps by hand."""
 
 import subprocess
 import sys
@@ -25,6 +25,23 @@ def test_chain_counts_pairs_within_a_users_training_items():
         expected[before, after] += 1
     np.testing.assert_allclose(np.floor(chain), expected)
     assert chain[4].argsort().tolist()[::-1][:3] == [2, 1, 3]  # never followed: by popularity
+
+
+def test_a_table_of_gaps_by_hand():
+    """Training gaps 5, 5, 0 and 5, 0, 5; both targets follow the gap 5, so the table knows 5, 0, 0."""
+    dataset = make_dataset([[1] * 6, [1] * 6])
+    dataset.timestamps[:] = [0, 5, 10, 10, 15, 20, 0, 5, 5, 10, 15, 15]
+    rows = dataset.offsets[1:] - 1
+    got = baselines.gap_table(dataset, 1, True, 1.0, rows)
+    histogram = np.ones(baselines.NUM_BUCKETS)
+    histogram[[0, 5]] += [2, 4]
+    expected = []
+    for user, gap in enumerate((5, 0)):
+        count = {5: 1, 0: 2}[gap]
+        probability = (count + histogram[gap] / histogram.sum()) / (3 + 1)
+        x = gap + (user + 1) * (5**0.5 - 1) / 2 % 1
+        expected.append(-np.log(probability) - np.log1p(x))
+    assert abs(got["time_NLL"] - np.mean(expected)) < 1e-9
 
 
 def run(*flags, cwd):

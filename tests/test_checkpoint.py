@@ -119,6 +119,14 @@ def test_histories_of_version_5_held_the_same_second(tmp_path, task, delay):
     assert build_config(config).data.ctr_delay == delay and "pad_to" not in config
 
 
+def test_a_time_head_of_version_5_is_refused(tmp_path):
+    state = read_state(FOLDER / "matching.pth") | {"version": 5}
+    state["config"]["time_head"] = True
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(UserError, match=r"old\.pth has an older kind of --time_head"):
+        load_checkpoint(tmp_path / "old.pth")
+
+
 # ---------------------------------------------------------------- what a file holds of the data
 
 

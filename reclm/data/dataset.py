@@ -1,7 +1,6 @@
 """What all of the program knows as the data: sequences, and the sizes that a model must have room for."""
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -107,19 +106,3 @@ class Dataset:
     def in_training(self) -> np.ndarray:
         """(rows,) bool: leave-one-out trains on these."""
         return self.place < self.train_lengths[self.owner]
-
-
-def gap_statistics(dataset: Dataset, narrowest: float) -> dict[str, float]:
-    """Of z = log(1.5 + seconds) of the gaps in the training data: its `mean`, and the root mean square error
-    there of two forecasts, the user's `last_gap` and `user_mean`, at least `narrowest`."""
-    owner, place = dataset.owner, dataset.place
-    inside = dataset.in_training & (place >= 1)  # rows that end a gap of training
-    z = np.log(1.5 + np.diff(dataset.timestamps, prepend=0.0).clip(min=0))
-    count = np.bincount(owner[inside], minlength=dataset.num_users)
-    means = np.bincount(owner[inside], z[inside], dataset.num_users) / count.clip(min=1)
-    after_gap = inside & (place >= 2)
-    last_gap = z[after_gap] - z[np.flatnonzero(after_gap) - 1]
-    errors = {"last_gap": last_gap, "user_mean": z[inside] - means[owner[inside]]}
-    spread = {name: math.sqrt(np.square(e).sum() / max(len(e), 1)) for name, e in errors.items()}
-    mean = z[inside].sum() / max(inside.sum(), 1)  # 0 where no user has two training actions
-    return {name: max(scale, narrowest) for name, scale in spread.items()} | {"mean": float(mean)}

@@ -1,9 +1,11 @@
-"""What is read off the hidden states besides item scores: labels of impressions, the time to the next action.
+"""Outputs besides item scores: the label of an impression (--task=ctr) and the time to the next action.
 
-The time is a mixture of log-normal distributions (arXiv 1909.12127, section 3.2). All is in terms of
-z = log(1 + gap + u), gap in seconds. Clocks count whole seconds and a gap of 0 is the most frequent one; on
-such an atom a density would grow without bound. So a gap is spread over its second by an even u in 0 .. 1
-(uniform dequantisation, arXiv 1511.01844, section 3.1)."""
+The time is classified: one bucket per second up to a minute, then buckets that grow geometrically. Within a
+bucket all times are equally likely, so the probabilities define a density.
+
+Errors are those of z = log(1 + gap + u), gap in seconds. Clocks count whole seconds and the most frequent gap
+is 0, where a density could grow without bound; an even u in 0 .. 1 spreads each gap over its second (uniform
+dequantisation, arXiv 1511.01844, section 3.1)."""
 
 import math
 
@@ -12,20 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
-from reclm.nn.layers import ZeroLinear
+from reclm.nn.layers import Dropout, ZeroLinear
 
-TIME_WEIGHT = 0.1  # of the next-time loss beside that of the items
-COMPONENTS = 16
-LONGEST = 16.0  # in z: some hundred days; the means of the components begin spread evenly up to here
-NARROWEST = 0.05  # least scale of a component, in z
+TIME_WEIGHT = 0.1  # of the loss of times, relative to that of the items
+EXACT = 60  # gaps below this many seconds have a bucket per second
+GROWTH = 1.25  # from there on, of the bounds of the buckets
+LONGEST = 1e10  # seconds, three hundred years: the end of the last bucket
+RECENT = 8  # gaps before, of which each is an input of its own
+TIME_WIDTH = 128  # of the hidden layers of TimeHead
 GOLDEN = (math.sqrt(5) - 1) / 2
-TIME_ERRORS = [
-    f"time_{error}{forecast}" for error in ("NLL", "MAE") for forecast in ("", "_last_gap", "_user_mean")
-]
+TIME_ERRORS = ["time_NLL", "time_MAE"]
 
 
 class CTRHead(nn.Module):
-    """The logit of a positive action, from what the blocks made of the candidate."""
+    """The logit of a positive action, from the hidden state of the candidate: a layer with SiLU, then one
+    output."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -38,83 +41,106 @@ class CTRHead(nn.Module):
 
 
 def ctr_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits and labels (B, C), -1 where there is no candidate -> the SUM of the binary cross entropy over
-    the M candidates, a scalar"""
+    """Logits (B, C), labels (B, C), -1 for padding -> the SUM of the binary cross entropy over the M
+    candidates, a scalar"""
     shown = labels >= 0
     return F.binary_cross_entropy_with_logits(logits[shown], labels[shown].float(), reduction="sum")
 
 
-def log_time(gaps: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """Seconds (M,) -> z (M,) float32. Their u are those of `numbers` (M,), else of 0, 1, ..., in the sequence
-    of the golden ratio: even, and always the same."""
-    numbers = torch.arange(len(gaps), device=gaps.device) if numbers is None else numbers
-    u = (1 + numbers.double()) * GOLDEN % 1
-    return (1 + gaps.clamp(min=0) + u).log().float()
+def time_bounds() -> Tensor:
+    """(K + 1,) float64 seconds: bucket k holds the gaps from bounds[k] to below bounds[k + 1]."""
+    count = math.ceil(math.log(LONGEST / EXACT) / math.log(GROWTH))
+    growing = EXACT * GROWTH ** torch.arange(count + 1, dtype=torch.float64)
+    return torch.cat([torch.arange(EXACT, dtype=torch.float64), growing.round()])
+
+
+BOUNDS = time_bounds()
+NUM_BUCKETS = len(BOUNDS) - 1  # K
+
+
+def time_buckets(gaps: Tensor) -> Tensor:
+    """Seconds (...) -> bucket numbers (...) int64; a negative gap, of a clock that went back, counts as 0."""
+    inner = BOUNDS[1:-1].to(gaps.device)
+    return torch.bucketize(gaps.clamp(min=0).contiguous(), inner, right=True)
+
+
+def past_gaps(timestamps: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) seconds -> (codes (B, T, RECENT) int64, statistics (B, T, 3)) of the gaps up to each action.
+
+    Codes: 1 + the bucket of each of the last gaps, 0 where there was none. Statistics: the mean of
+    log(1 + gap), the share of gaps of 0 s, and the logarithm of 1 + the number of gaps."""
+    gaps = timestamps.diff(dim=1).clamp(min=0)  # (B, T - 1)
+    codes = F.pad(1 + time_buckets(gaps), (RECENT, 0)).unfold(1, RECENT, 1)
+    number = torch.arange(timestamps.shape[1], device=timestamps.device)
+    sums = torch.stack([gaps.log1p(), (gaps == 0).double()], dim=-1).cumsum(1)  # (B, T - 1, 2)
+    means = F.pad(sums, (0, 0, 1, 0)) / number.clamp(min=1)[:, None]
+    count = number.double().log1p().expand(timestamps.shape)[..., None]
+    return codes, torch.cat([means, count], dim=-1).float()
 
 
 class TimeHead(nn.Module):
-    """The distribution of z after each position."""
+    """The distribution of the time to the next action after each position: an MLP of the hidden state and of
+    the gaps so far, with one output per bucket."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.linear = ZeroLinear(cfg.dim, 3 * COMPONENTS)
-        with torch.no_grad():  # the same mixture for all, at first
-            weights, means, scales = self.linear.bias.chunk(3)
-            weights.zero_()
-            means.copy_(torch.linspace(0, LONGEST, COMPONENTS))
-            scales.fill_(math.log(math.expm1(LONGEST / COMPONENTS)))  # softplus of it: neighbours overlap
+        self.of_hidden = nn.Linear(cfg.dim, TIME_WIDTH)
+        self.of_recent = nn.EmbeddingBag(RECENT * (NUM_BUCKETS + 1), TIME_WIDTH, mode="sum")
+        self.of_statistics = nn.Linear(3, TIME_WIDTH, bias=False)
+        self.inner = nn.Linear(TIME_WIDTH, TIME_WIDTH)
+        self.logits = ZeroLinear(TIME_WIDTH, NUM_BUCKETS)
+        self.dropout = Dropout(cfg.dropout)
 
-    def mixture(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (M, D) -> logarithms of the weights, means and scales of z, each (M, COMPONENTS)"""
-        weights, means, scales = self.linear(hidden).chunk(3, dim=-1)
-        return weights.log_softmax(-1), means, NARROWEST + F.softplus(scales)
+    def forward(self, hidden: Tensor, codes: Tensor, statistics: Tensor) -> Tensor:
+        """hidden (M, D); codes (M, RECENT), statistics (M, 3) of `past_gaps` -> log-probabilities (M, K)"""
+        places = torch.arange(RECENT, device=codes.device) * (NUM_BUCKETS + 1)
+        x = self.of_hidden(hidden) + self.of_recent(codes + places) + self.of_statistics(statistics)
+        x = self.inner(self.dropout(F.silu(x)))
+        return self.logits(self.dropout(F.silu(x))).log_softmax(-1)
 
-    def forward(self, hidden: Tensor, z: Tensor) -> Tensor:
-        """hidden (M, D) and z (M,) of the next action -> -log p(z) in nats (M,)"""
-        weights, means, scales = self.mixture(hidden)
-        errors = (z[:, None] - means) / scales  # (M, COMPONENTS)
-        densities = weights - scales.log() - errors.square() / 2 - math.log(2 * math.pi) / 2
-        return -densities.logsumexp(-1)
 
-    def median(self, hidden: Tensor) -> Tensor:
-        """hidden (M, D) -> the median of z (M,), which has the least mean absolute error; by bisection"""
-        weights, means, scales = self.mixture(hidden)
-        low = (means - 8 * scales).amin(-1)
-        high = (means + 8 * scales).amax(-1)
-        for _ in range(40):
-            middle = (low + high) / 2
-            below = (weights.exp() * torch.special.ndtr((middle[:, None] - means) / scales)).sum(-1) < 0.5
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+def time_loss(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """hidden (M, D) at the M positions `valid` (B, T) -> the SUM over them of -log p(bucket of the gap to the
+    next action), a scalar"""
+    codes, statistics = past_gaps(batch["timestamps"])
+    gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]
+    return F.nll_loss(head(hidden, codes[valid], statistics[valid]), time_buckets(gaps), reduction="sum")
 
 
 def time_errors(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{"time_NLL": (B,), "time_MAE": (B,)}: NLL in nats and absolute error of z of the gap between the last
-    action of each row and its target."""
-    z = last_gap(batch)
-    return {"time_NLL": head(hidden, z), "time_MAE": (z - head.median(hidden)).abs()}
+    """hidden (B, D) after the last action of each row -> `distribution_errors` of the gap to its target, (B,)
+    each"""
+    rows, last = torch.arange(len(hidden), device=hidden.device), batch["lengths"] - 1
+    codes, statistics = past_gaps(batch["timestamps"])
+    gaps = (batch["next_timestamps"] - batch["timestamps"])[rows, last]
+    probabilities = head(hidden, codes[rows, last], statistics[rows, last])
+    return distribution_errors(probabilities, gaps, batch["user_ids"])
 
 
-def last_gap(batch: dict[str, Tensor]) -> Tensor:
-    """(B,) z of the gap between the last action of each row and what follows it."""
-    gaps = batch["next_timestamps"] - batch["timestamps"]
-    return log_time(gaps.gather(1, batch["lengths"][:, None] - 1)[:, 0], batch["user_ids"])
+def distribution_errors(log_probabilities: Tensor, gaps: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+    """log_probabilities (M, K) of the buckets, gaps (M,) in seconds, numbers (M,) that choose each u ->
+    {"time_NLL": (M,), "time_MAE": (M,)}: -log p(z) in nats, and |z - median of p|, the forecast with the
+    least mean absolute error."""
+    z, buckets = log_time(gaps, numbers), time_buckets(gaps)
+    bounds = BOUNDS.to(gaps.device)
+    density = log_probabilities.gather(1, buckets[:, None])[:, 0] - bounds.diff().log()[buckets]
+    return {
+        "time_NLL": -density - z,  # dz = dx / x with x = 1 + gap + u
+        "time_MAE": (z - median(log_probabilities)).abs(),
+    }
 
 
-def forecast_errors(batch: dict[str, Tensor], spread: dict[str, float]) -> dict[str, Tensor]:
-    """The same of two forecasts without learning, a normal distribution of z around the gap before and
-    around the mean of the user's gaps: {"time_NLL_last_gap": (B,), ...}. `spread`: their scales in the
-    training data, and the mean of z for users with a single action (reclm.data.dataset.gap_statistics)."""
-    last, times, z = batch["lengths"][:, None] - 1, batch["timestamps"], last_gap(batch)
-    known = torch.arange(times.shape[1] - 1, device=times.device) < last  # (B, T - 1)
-    past = times.diff(dim=1).clamp(min=0)
-    past = (1 + past + 0.5).log().float() * known  # half a second: the mean of u
-    before = F.pad(past, (1, 0)).gather(1, last)[:, 0]
-    mean = past.sum(1) / known.sum(1).clamp(min=1)
-    errors = {}
-    for name, forecast in (("last_gap", before), ("user_mean", mean)):
-        error = z - torch.where(known.any(1), forecast, spread["mean"])
-        normal = torch.distributions.Normal(0.0, spread[name])
-        errors[f"time_NLL_{name}"] = -normal.log_prob(error)
-        errors[f"time_MAE_{name}"] = error.abs()
-    return errors
+def log_time(gaps: Tensor, numbers: Tensor) -> Tensor:
+    """Seconds (M,) -> z (M,) float64. The u of number n is the n-th of the golden-ratio sequence: evenly
+    spread, and the same in every run."""
+    return (1 + gaps.clamp(min=0) + (1 + numbers.double()) * GOLDEN % 1).log()
+
+
+def median(log_probabilities: Tensor) -> Tensor:
+    """(M, K) -> the median of z (M,)"""
+    probabilities, bounds = log_probabilities.double().exp(), BOUNDS.to(log_probabilities.device)
+    below = probabilities.cumsum(1)
+    middle = (below < 0.5).sum(1, keepdim=True).clamp(max=NUM_BUCKETS - 1)  # (M, 1): the bucket that holds it
+    mass = probabilities.gather(1, middle)
+    share = (0.5 - below.gather(1, middle) + mass) / mass
+    return (1 + bounds[middle] + share * bounds.diff()[middle]).log()[:, 0]

@@ -152,6 +152,8 @@ def upgrade(state: dict, path: Path) -> None:
     inference needs (`about_data`). Raises UserError if it was trained with a setting that was removed."""
     config = state["config"]
     config.pop("pad_to", None)  # it never changed a weight
+    if config.get("time_head"):
+        raise UserError(f"{path} has an older kind of --time_head: use the version that wrote it")
     if config["task"] == "ctr":  # histories included earlier rows of the same second then
         config["ctr_delay"] = 0.0
     if state["version"] == 4:

@@ -134,10 +134,8 @@ def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
             f"HR@10 {metrics['cold/HR@10']:.4f}  NDCG@10 {metrics['cold/NDCG@10']:.4f}"
         )
     if "time_NLL" in metrics:
-        rows.append("log(1 + s) to the item:        NLL      MAE")
-        for what, key in (("model", ""), ("last gap", "_last_gap"), ("user's mean", "_user_mean")):
-            values = (metrics[f"{name}{key}"] for name in ("time_NLL", "time_MAE"))
-            rows.append(what.rjust(22) + "  " + "".join(f"{value:9.4f}" for value in values))
+        errors = f"NLL {metrics['time_NLL']:.4f} nats  MAE {metrics['time_MAE']:.4f}"
+        rows.append(f"log(1 + seconds) to the next action: {errors}")
     return "\n".join(rows)
 
 
