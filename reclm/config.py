@@ -107,7 +107,8 @@ class ModelConfig:
         if self.time_head and self.request_time:
             raise UserError("--request_time=true reveals the time that --time_head=true predicts: drop one")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise UserError(f"--dim={self.dim} must be an even multiple of --n_heads={self.n_heads}")
+            heads = f"--n_heads={self.n_heads} heads of even width"
+            raise UserError(f"--dim={self.dim} must be a multiple of {2 * self.n_heads} for {heads}")
         if self.n_heads % self.kv_heads:
             raise UserError(f"--n_heads={self.n_heads} must be a multiple of --n_kv_heads={self.n_kv_heads}")
 
