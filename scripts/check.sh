@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: format, lint, tests. From a fresh clone: pip install -r requirements-dev.txt
+# Run all checks that a change must pass: format, lint, tests. Needs: pip install -r requirements-dev.txt
+# Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff format --check .

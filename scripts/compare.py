@@ -1,12 +1,12 @@
-"""Did a change of the code change any result? Trains the same short runs in two checkouts.
+"""Train the same short runs in two checkouts and compare their weights and metrics.
 
     git worktree add ../before COMMIT
     python scripts/compare.py --repo=../before --out=before.json      # before the change
     python scripts/compare.py --out=after.json --against=before.json  # after it
 
-Prints a table; exit code 1 where a metric differs in its fourth digit.
-
-A run is described by a hash of its weights, whatever their names are, and its validation and test metrics."""
+Prints a table. The exit code is 1 if a metric differs by more than 5e-5, that is, in its fourth digit.
+Weights are compared by a hash that does not depend on the names of the parameters. Every run launches main.py
+with torchrun, with one thread per process, on MovieLens-100K or with the config of the same name."""
 
 import argparse
 import hashlib
@@ -53,13 +53,17 @@ SHOWN = ("NDCG@10", "AUC")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repo", default=ROOT, type=Path, help="the checkout to run [default: this one]")
-    parser.add_argument(
-        "--out", required=True, type=Path, help="JSON file; runs that it has are not repeated"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--against", type=Path, help="the JSON file of another checkout, to compare with")
-    parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="names of runs")
+    parser.add_argument("--repo", default=ROOT, type=Path, help="checkout to run [default: this one]")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="JSON file for results; runs in it are skipped"
+    )
+    parser.add_argument("--against", type=Path, help="--out file of the other checkout, to compare with")
+    parser.add_argument(
+        "--only", nargs="*", choices=RUNS, default=list(RUNS), help="runs to train [default: all]"
+    )
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:
@@ -72,6 +76,8 @@ def main() -> None:
 
 
 def run(repo: Path, processes: int, flags: list[str]) -> dict:
+    """Train in the checkout `repo` -> {"weights": hash, "valid": metrics, "test": metrics, "seconds"}. Exits
+    if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={processes}", "main.py", *flags, f"--out_dir={folder}"]
@@ -92,7 +98,7 @@ def run(repo: Path, processes: int, flags: list[str]) -> dict:
 
 
 def compare(before: dict, after: dict, names: list[str]) -> int:
-    """Print a table of the runs; 1 where a metric differs in its fourth digit, else 0."""
+    """Print a table of the runs. Returns 1 if a metric differs by more than 5e-5, else 0."""
     print("| run | weights | valid before | valid after | test before | test after | largest difference |")
     print("|---|---|---|---|---|---|---|")
     changed = 0

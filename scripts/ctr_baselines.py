@@ -1,17 +1,18 @@
-"""Models to compare --task=ctr with, in the same harness: a logistic regression, and DIN (arXiv 1706.06978).
+"""Train and evaluate a CTR baseline: logistic regression, or DIN (arXiv 1706.06978).
 
     torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=din --dataset=ml-1m
     torchrun --standalone --nproc_per_node=2 scripts/ctr_baselines.py --baseline=lr --dataset=ml-1m --lr=0.03
 
-lr    one number for each user, item, field of the profile, word of the content and context, summed
-din   the user's actions, weighted by how they fit the candidate and summed; an MLP of that and both of them
+lr    logistic regression: the sum of one weight per user, item, profile field, content word and context
+din   the sum of the user's actions, weighted by an attention on the candidate; an MLP scores the user, the
+      candidate and that sum
 
---task=ctr is implied and the flags of main.py for data and training count: the same rows, batches,
-optimizer, epochs, choice of the epoch on validation and metrics. A --config may be that of another model: its
-settings of blocks and times are passed over, as there are no blocks here, and of times only the order is
-known; as flags they are refused. With --window=W DIN looks at the last W actions alone, which costs less. The
-regression needs a higher --lr than the default: its numbers start at 0, and a user's is seen in one step per
-epoch.
+--task=ctr is implied, and the flags of main.py for data and training apply: rows, batches, optimizer, epochs,
+the choice of the epoch on validation and the metrics are those of main.py. The baselines have no blocks and
+use the order of actions, not their times: settings of blocks and times are ignored in a --config file, so the
+config of another model can be used, and refused as flags. --window=W limits DIN to the last W actions, which
+is cheaper. lr needs a higher --lr than the default: its weights start at 0, and that of a user is updated in
+about one step per epoch.
 """
 
 import argparse
@@ -43,13 +44,13 @@ OF_BLOCKS = set(
     "model_name n_layers n_heads n_kv_heads hidden_dim gated_residuals position_embedding time_tokens "
     "user_embedding id_dropout dtype compile".split()
 )
-NOT_HERE = {"eval_only", "ckpt_name", "resume", "init_from"}  # of main.py alone
+NOT_HERE = {"eval_only", "ckpt_name", "resume", "init_from"}  # flags that only main.py supports
 ATTENTION_WIDTH, WIDTHS = 36, (200, 80)  # of DIN's hidden layers, its figure 2
-PAIRS = 2**17  # (candidate, action) looked at at once: 18 MiB of the attention's hidden layer
+PAIRS = 2**17  # (candidate, action) pairs per chunk: 18 MiB of the attention's hidden layer
 
 
 class Baseline(nn.Module):
-    """Vectors (D) of users and of what is shown to them; all start at 0."""
+    """Embeddings (D) of users, profiles, items, contexts and item content, all zero-initialised."""
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary, width: int):
         super().__init__()
@@ -75,32 +76,32 @@ class Baseline(nn.Module):
             nn.init.zeros_(weight)
 
     def item_table(self) -> Tensor:
-        """(V, D): ids, and their content"""
+        """(V, D): embeddings of ids plus their content"""
         table = self.item_embedding.weight
         for i, projection in enumerate(self.content_embeddings):
             table = table + projection(getattr(self, f"rows_{i}"))
         return table
 
     def shown(self, table: Tensor, ids: Tensor, contexts: Tensor | None) -> Tensor:
-        """ids (...) -> (..., D)"""
+        """ids (...), contexts (...) -> (..., D), the sum of both embeddings"""
         x = F.embedding(ids, table, padding_idx=PADDING)
         return x if self.context_embedding is None else x + self.context_embedding(contexts)
 
     def users(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, D)"""
+        """(B, D): embeddings of users plus their profiles"""
         x = self.user_embedding(batch["user_ids"])
         for i, embedding in enumerate(self.profile_embeddings):
             x = x + embedding(batch["profiles"][:, i])
         return x
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """As of SequenceRecommender: with "labels" the SUM of the loss over them, without logits (B, C)."""
+        """As SequenceRecommender: logits (B, C), or with "labels" in the batch the SUM of their losses."""
         logits = self.logits(batch)
         return ctr_loss(logits, batch["labels"]) if "labels" in batch else logits
 
 
 class LogisticRegression(Baseline):
-    """The vectors are of width 1."""
+    """Logistic regression: embeddings of width 1, and a bias."""
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__(cfg, loss, vocabulary, 1)
@@ -113,8 +114,9 @@ class LogisticRegression(Baseline):
 
 
 class DIN(Baseline):
-    """Deep Interest Network. SiLU for PReLU and Dice, dropout and --embedding_decay for its adaptive
-    regularisation; what belongs together is added up rather than laid side by side."""
+    """Deep Interest Network (arXiv 1706.06978), with SiLU instead of PReLU and Dice, dropout and
+    --embedding_decay instead of its adaptive regularisation, and the features of an item or user summed
+    instead of concatenated."""
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__(cfg, loss, vocabulary, cfg.dim)
@@ -135,7 +137,7 @@ class DIN(Baseline):
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, C)"""
-        table, scale = self.item_table(), self.cfg.dim**0.5  # channels of order 1
+        table, scale = self.item_table(), self.cfg.dim**0.5  # brings channels to order 1
         candidates = scale * self.shown(table, batch["candidate_ids"], batch.get("candidate_contexts"))
         actions = self.shown(table, batch["item_ids"], batch.get("contexts"))  # (B, T, D)
         if self.action_embedding is not None:
@@ -146,8 +148,8 @@ class DIN(Baseline):
         return self.mlp(x)[..., 0]
 
     def interest(self, candidates: Tensor, actions: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(B, C, D), (B, T, D) -> (B, C, D), some candidates at a time: what none of them sees is left out,
-        and nothing but the result is kept for the backward pass."""
+        """Candidates (B, C, D), actions (B, T, D) -> (B, C, D), the pooled actions per candidate, in chunks
+        of candidates. A chunk skips actions that it does not use, and is recomputed in the backward pass."""
         size = max(1, PAIRS // actions.shape[:2].numel())
         pool = self.pool
         if torch.is_grad_enabled():
@@ -168,7 +170,7 @@ class DIN(Baseline):
         """Eq. 3: (B, c, D), (B, t, D), bool (B, c, t) -> (B, c, D), the sum of the actions, each weighted by
         the activation unit on [action, candidate, their product]. Weights do not sum to 1.
 
-        For a given candidate the unit's first layer is linear in the action: one matrix product for all."""
+        Given the candidate, the unit's first layer is linear in the action: one matrix product for all."""
         of_action, of_candidate, of_product = self.attention_hidden.weight.split(self.cfg.dim, dim=1)
         matrix = of_action + candidates[:, :, None] * of_product  # (B, c, A, D)
         offset = F.linear(candidates, of_candidate, self.attention_hidden.bias)  # (B, c, A)
@@ -182,12 +184,12 @@ BASELINES = {"lr": LogisticRegression, "din": DIN}
 
 
 def read_args() -> tuple[str, Config]:
-    """The name of the baseline, and the settings. Raises UserError."""
+    """(name of the baseline, settings). Raises UserError for an unknown baseline or a flag without effect."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--baseline", help=" or ".join(BASELINES))
-    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--baseline", help="lr (logistic regression) or din (Deep Interest Network)")
+    parser.add_argument("--config", action="append", default=[], help="YAML file, as for main.py; repeatable")
     args, flags = parser.parse_known_args()
     choose("baseline", args.baseline, BASELINES)
     ours, files = parse_args(flags), parse_args([f"--config={path}" for path in args.config])
@@ -202,7 +204,7 @@ def main() -> None:
         name, cfg = read_args()
         dataset = program.open_dataset(cfg)
         torch.manual_seed(cfg.train.seed)
-        cfg.model.model_name = name  # in result.json, and in the name of the folder
+        cfg.model.model_name = name  # for result.json and the name of the folder
         model = BASELINES[name](cfg.model, cfg.loss, dataset.vocabulary)
         run = program.Run(cfg, dataset, model.to(dist.pick_device(cfg.run.device)))
         run.open(dist.on_main(lambda: folder.claim_dir(cfg, dataset.name, None)))

@@ -1,13 +1,13 @@
-"""Image features of items: a folder of posters through an image model, one row per item -> a .npy file.
+"""Embed item images, such as posters, with an image model and write a .npy file with one row per item.
 
     pip install -r requirements-features.txt
     python scripts/embed_images.py --dataset=ml-1m --folder=posters --out=posters.npy
     python main.py --dataset=ml-1m --item_features=posters.npy
 
-The folder holds <item id>.jpg, .jpeg or .png. --model is the name of any timm model: the feature is the
-output of its last pooling, and images are resized, cropped and normalised as its data config says. The
-weights come from the Hugging Face hub, or from --weights=FILE, a .pth or .safetensors state dict with timm's
-parameter names. An item without an image gets zeros. All flags of main.py that name data count.
+The folder contains <item id>.jpg, .jpeg or .png; an item without an image gets zeros. --model is any timm
+model: the features are the output of its last pooling, and images are resized, cropped and normalised by its
+data config. Weights come from the Hugging Face hub or from --weights, a state dict with timm's parameter
+names. The flags of main.py for data apply. Runs on the CPU.
 """
 
 import argparse
@@ -37,14 +37,14 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def import_timm() -> ModuleType:
-    """timm, with any build of torch. Raises UserError."""
+    """The module timm, with any build of torch. Raises UserError if it cannot be imported."""
     try:
         try:
             import torchvision  # noqa: F401 - timm imports it
         except RuntimeError:
             # The Linux wheel of torchvision is compiled against CUDA. With a CPU build of torch its operators
-            # do not load, and its import stops at the first of these two. timm calls neither, so it is enough
-            # that they are declared.
+            # do not load, and its import fails at the first of these two. timm calls neither, so declaring
+            # them is enough.
             for name in ("nms", "qnms"):
                 signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 torch.library.define(f"torchvision::{name}", signature)
@@ -59,7 +59,8 @@ def import_timm() -> ModuleType:
 
 
 def load_model(name: str, weights: Path | None) -> tuple[nn.Module, Transform]:
-    """The model without its classifier, and what turns an image into its input. Raises UserError."""
+    """(the model without its classifier, in evaluation mode; the transform of its input images). Raises
+    UserError if the model is unknown or its weights cannot be loaded."""
     timm = import_timm()
     known = timm.list_models() + timm.list_pretrained()  # resnet50, and resnet50.a1_in1k
     if name not in known:
@@ -72,9 +73,10 @@ def load_model(name: str, weights: Path | None) -> tuple[nn.Module, Transform]:
 
 
 def from_hub(timm: ModuleType, name: str) -> nn.Module:
+    """The model with pretrained weights. Raises UserError if they cannot be downloaded."""
     try:
         return timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub client has many; each means "no weights"
+    except Exception as error:  # the hub client raises many types; each means "no weights"
         raise UserError(
             f"cannot get the weights of {name} from the Hugging Face hub ({first_line(error).strip()}): "
             "set --weights=FILE"
@@ -82,18 +84,19 @@ def from_hub(timm: ModuleType, name: str) -> nn.Module:
 
 
 def from_file(timm: ModuleType, name: str, path: Path) -> nn.Module:
+    """The model with the weights of a state dict. Raises UserError if the file is missing or does not fit."""
     if not path.is_file():
-        raise UserError(f"--weights={path} does not exist")
+        raise UserError(f"--weights={path} does not exist: name a .pth or .safetensors file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch did not write; refused below
+            warnings.simplefilter("ignore")  # about pickles that torch did not write; they are refused below
             state = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # damaged bytes raise nearly anything
+    except Exception as error:  # damaged files raise many types
         raise UserError(f"--weights={path} is truncated or not a state dict ({first_line(error)})") from None
     model = timm.create_model(name)
     whole = set(model.state_dict())
     model.reset_classifier(0)
-    classifier = whole - set(model.state_dict())  # may be in the file, with any number of classes
+    classifier = whole - set(model.state_dict())  # the file may have these, with any number of classes
     try:
         model.load_state_dict({key: value for key, value in state.items() if key not in classifier})
     except RuntimeError as error:
@@ -103,9 +106,10 @@ def from_file(timm: ModuleType, name: str, path: Path) -> nn.Module:
 
 
 def read_image(path: Path) -> Image.Image:
+    """The image as RGB. Raises UserError if it cannot be read."""
     try:
         return Image.open(path).convert("RGB")
-    except Exception as error:  # damaged bytes raise nearly anything
+    except Exception as error:  # damaged files raise many types
         raise UserError(
             f"{path} is not a readable image ({first_line(error)}): replace or remove it"
         ) from None
@@ -113,7 +117,7 @@ def read_image(path: Path) -> Image.Image:
 
 @torch.inference_mode()
 def embed(model: nn.Module, transform: Transform, paths: list[Path | None], batch_size: int) -> np.ndarray:
-    """(len(paths), F), zeros where there is no path. Raises UserError."""
+    """(len(paths), F) float32, zeros where the path is None. Raises UserError if an image cannot be read."""
     there = [i for i, path in enumerate(paths) if path]
     parts = [there[first : first + batch_size] for first in range(0, len(there), batch_size)]
     rows = [model(torch.stack([transform(read_image(paths[i])) for i in part])) for part in tqdm(parts)]
@@ -127,11 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of the images")
-    parser.add_argument("--model", default="tf_efficientnet_lite0", help="name of a timm model")
-    parser.add_argument("--weights", type=Path, help=".pth or .safetensors file, instead of a download")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="folder of images <item id>.jpg, .jpeg, .png"
+    )
+    parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm model [default: %(default)s]")
+    parser.add_argument("--weights", type=Path, help=".pth or .safetensors file to use instead of a download")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per pass [default: %(default)s]")
+    parser.add_argument("--out", type=Path, required=True, help=".npy file to write")
     args, others = parser.parse_known_args()
     if args.out.exists():
         raise UserError(f"--out={args.out} exists: remove it or choose another name")

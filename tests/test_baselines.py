@@ -50,7 +50,7 @@ def run(*flags, cwd):
 
 
 def test_it_ranks_in_the_harness(tmp_path):
-    """In this file the next item follows from the last one: the chain is always right."""
+    """In these data the last item determines the next, so the chain is always right."""
     write_csv(tmp_path / "tiny.csv")
     shown = run("--dataset=tiny.csv", cwd=tmp_path).stdout
     popular, chain = shown.split("TEST, ")[1:]

@@ -1,4 +1,4 @@
-"""scripts/bench: what its programs count, by hand; one real run of each kind, and ctr.py apart."""
+"""scripts/bench: counts and tables by hand, and one real run per kind (ctr.py: test_bench_ctr.py)."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_seconds_are_medians_of_rounds_in_turn(monkeypatch):
         order.append(name)
         now[0] += durations.pop(0)
 
-    a, b = [100, 1, 2, 9], [100, 20, 10, 30]  # the first is not counted
+    a, b = [100, 1, 2, 9], [100, 20, 10, 30]  # the first is a warm-up
     assert measure.seconds([lambda: work("a", a), lambda: work("b", b)], 3) == [2, 20]
     assert order == ["a", "b"] * 4
 
@@ -165,15 +165,19 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "words"),
     [
-        (peers, ["--peers=nobody"], "--peers knows recbole"),
+        (peers, ["--peers=nobody"], "--peers must be of recbole"),
         (peers, ["--model_name=hstu"], "only RecTools has HSTU blocks"),
-        (peers, ["--rounds=0"], "--rounds and --steps are at least 1"),
+        (peers, ["--rounds=0"], "--rounds and --steps at least 1"),
         (peers, ["--out=held.json"], "held.json exists and is not overwritten"),
         (peers, ["--peers=", "--dataset=none.csv"], "none.csv"),
         (costs, [], "costs.json exists and is not overwritten"),
         (costs, ["--out=new.json", "--plot=held.json"], "held.json exists and is not overwritten"),
         (pair, ["--before=nowhere"], "--before=nowhere has no main.py"),
-        (pair, [f"--before={MAIN.parent}", "--rounds=0"], "--rounds, --processes and --users are at least 1"),
+        (
+            pair,
+            [f"--before={MAIN.parent}", "--rounds=0"],
+            "--rounds, --processes and --users must be at least 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, program, flags, words):

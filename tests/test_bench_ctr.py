@@ -1,4 +1,4 @@
-"""scripts/bench/ctr.py: both forms of training are the same model, and the script runs."""
+"""scripts/bench/ctr.py: both forms of training give the same model, and the script runs."""
 
 import sys
 from itertools import islice
@@ -34,7 +34,7 @@ def csv(tmp_path):
 
 
 def make_run(csv, **settings):
-    """A run with random weights; all that starts at 0 has a say."""
+    """A run with random weights, so that zero-initialised ones have an effect."""
     cfg = build_config(
         {"task": "ctr", "dataset": str(csv), "dim": 16, "batch_size": 6, "device": "cpu"} | settings
     )
@@ -126,7 +126,7 @@ def test_both_forms_train_on_the_same_impressions(csv, monkeypatch):
 
 
 def count(batch):
-    """Candidates, what the loss is divided by, and is there one per row?"""
+    """(number of candidates, divisor of the loss, is there one candidate per row?)"""
     _, parts, num_targets = batch
     shown = sum(int((part["labels"] >= 0).sum()) for part in parts)
     return shown, num_targets, all(part["labels"].shape[1] == 1 for part in parts)

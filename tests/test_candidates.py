@@ -34,7 +34,7 @@ def make_model(num_contexts=3, **settings):
     profile = (3, 4) if cfg.profile_tokens else ()
     vocabulary = Vocabulary(V - 1, 9, profile, {"actions": 5, "contexts": num_contexts})
     model = SequenceRecommender(cfg, LossConfig(), vocabulary)
-    for name, weight in model.named_parameters():  # so that all of it has an effect
+    for name, weight in model.named_parameters():  # so that every weight has an effect
         if weight.dim() < 2 or not weight.any() or "embedding" in name:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     return model.eval()
@@ -50,7 +50,7 @@ def make_batch(candidates=5, users=3):
     lengths = torch.tensor([LENGTH, 7, 0])[:users]
     real = torch.arange(LENGTH) < lengths[:, None]
     seen = (torch.rand(users, candidates, generator=rng) * (1 + lengths[:, None])).long()
-    seen[:, 0] = lengths  # all of it, and nothing
+    seen[:, 0] = lengths  # the whole history, and none of it
     seen[:, 1] = 0
     return {
         "item_ids": draw(1, V, users, LENGTH) * real,
@@ -70,7 +70,7 @@ def make_batch(candidates=5, users=3):
 
 
 def as_last_action(batch, user, candidate):
-    """A batch of one row: what the candidate sees, and the candidate as the action behind it."""
+    """A batch of one row: the history of the candidate, then the candidate as the next action."""
     seen = int(batch["history_lengths"][user, candidate])
     last = {
         "item_ids": batch["candidate_ids"],
@@ -133,7 +133,7 @@ def test_candidates_and_later_actions_are_not_seen(variant):
 
 
 def test_the_feedback_on_a_candidate_is_no_input():
-    """A padded candidate counts for nothing, and the loss is the binary cross entropy of the others."""
+    """Padded candidates do not count; the loss is the binary cross entropy of the others."""
     model, batch = make_model(), make_batch()
     logits = model(batch)
     labels = torch.tensor([[0, 1, -1, 1, 0], [1, 1, 0, -1, -1], [0, -1, -1, -1, -1]])
@@ -145,7 +145,7 @@ def test_the_feedback_on_a_candidate_is_no_input():
 
 @EVERY_VARIANT
 def test_every_weight_learns(variant):
-    """As DDP wants it; what is only for the history of the last layer must not exist."""
+    """DDP requires it: weights that only serve the history in the last layer must not exist."""
     model, batch = make_model(**variant), make_batch()
     model(batch | {"labels": torch.arange(15).view(3, 5) % 2}).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -174,7 +174,7 @@ def test_ten_thousand_candidates_fit():
         "candidate_contexts": batch["candidate_contexts"][:, :1].expand(-1, many),
     }
     logits = model(batch)
-    for user in range(3):  # the same item has the same logit wherever it stands
+    for user in range(3):  # the logit of an item does not depend on its place
         by_item = [logits[user, ids[user] == item] for item in range(1, V)]
         assert all((group.max() - group.min()) < 1e-4 for group in by_item)
         assert torch.stack([group[0] for group in by_item]).std() > 0.01

@@ -1,5 +1,4 @@
-"""reclm/run/checkpoint.py: files of version 4, what a file holds of the data, what is refused when one is
-read."""
+"""reclm/run/checkpoint.py: files of version 4, the contents of a file, and the files that are refused."""
 
 import json
 from pathlib import Path
@@ -23,7 +22,7 @@ MODEL = [flag for flag in TINY if "num_negatives" not in flag]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A working directory with a small data set and all that can lie beside it."""
+    """A working directory with a small dataset and all its optional side files."""
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "tiny.csv")
     films = [f"i{i},Film {i} ({1950 + i}),{'Drama' if i % 2 else 'Comedy|Drama'}" for i in range(25)]
@@ -33,7 +32,7 @@ def work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("version", [None, 3, VERSION + 1, VERSION])
 def test_another_versions_weights_are_refused(tmp_path, version):
-    """Since version 2 channels are rotated in other pairs: older weights would mean another model."""
+    """Version 2 changed the channel pairs of the rotation: older weights would be another model."""
     names = ("model", "optimizer", "progress", "history", "config", "dataset", "fingerprint")
     state = dict.fromkeys(names, {}) | ({"version": version} if version else {})
     path = tmp_path / "last.pth"
@@ -58,7 +57,7 @@ def test_a_file_of_version_4_is_evaluated(work, name):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_file_of_version_4_is_trained_to_the_end(work, name):
-    """The second of its two epochs: the same weights as version 4 came to, the same result."""
+    """The second of its two epochs ends with the same weights and result as in version 4."""
     here(f"--resume={FOLDER / name}.pth", "--out_dir=run", cwd=work).ok()
     result, wanted = read_json(work / "run" / "result.json"), EXPECTED[name]
     assert result["best_epoch"] == wanted["best"]
@@ -71,7 +70,7 @@ def test_a_file_of_version_4_is_trained_to_the_end(work, name):
 
 
 def test_the_rate_of_version_4_decides_whether_a_run_may_go_on_longer(work):
-    """--schedule=constant is --lr_min=1 by now; the cosine has an end."""
+    """--schedule=constant has become --lr_min=1; a cosine has a fixed end."""
     for name, code in (("hstu", 0), ("matching", 2)):
         shown = here(f"--resume={FOLDER / name}.pth", f"--out_dir={name}", "--num_epochs=3", cwd=work)
         assert shown.code == code, shown.text
@@ -127,7 +126,7 @@ def test_a_time_head_of_version_5_is_refused(tmp_path):
         load_checkpoint(tmp_path / "old.pth")
 
 
-# ---------------------------------------------------------------- what a file holds of the data
+# ---------------------------------------------------------------- the data in a file
 
 
 def test_items_and_their_texts(work):
@@ -158,7 +157,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_built_from_the_file_alone(work, kind):
-    """Its scores are those of the model that was trained, to the last bit; the data are gone by then."""
+    """Without the data, its scores equal those of the trained model to the last bit."""
     users = [f"u{u},{'FM'[u % 2]},{20 + u}" for u in range(39)]  # of the last one nothing is known
     rng = np.random.default_rng(0)
     header, *rows = (work / "tiny.csv").read_text().splitlines()

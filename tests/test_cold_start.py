@@ -1,4 +1,4 @@
-"""Items held out of training: never seen there, each test target one of them."""
+"""Cold items never occur in training, and every test target is one of them."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_neither_training_nor_validation_sees_them(path):
 
 @pytest.mark.parametrize("loss", ["bce", "gbce", "sampled_softmax", "softmax"])
 def test_the_loss_never_moves_them(path, loss):
-    """No gradient, for neither being a candidate nor an input: their rows stay 0."""
+    """Cold items are neither candidates nor inputs, so they get no gradient and their rows stay 0."""
     dataset = load_dataset(DataConfig(dataset=path, cold_items=0.2))
     cfg = LossConfig(loss=loss, num_negatives=25)
     model = SequenceRecommender(ModelConfig(dim=8, n_heads=2), cfg, dataset.vocabulary)
@@ -78,7 +78,7 @@ def test_ranked_among_all_and_among_themselves(path):
     cfg = build_config({"dim": 8, "n_heads": 2, "num_negatives": 25})
     torch.manual_seed(0)
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
-    torch.nn.init.normal_(model.item_embedding.weight)  # as if their content told them apart
+    torch.nn.init.normal_(model.item_embedding.weight)  # as if their content distinguished them
     metrics = evaluate(model, dataset, "test", cfg.eval)
     expected = []
     for batch in eval_batches(dataset, "test", 200, 100):

@@ -1,4 +1,4 @@
-"""The settings: values and combinations that are refused, what fixes each, and that each is used."""
+"""The settings: refused values and combinations, what fixes each setting, and that each is used."""
 
 import ast
 import dataclasses
@@ -84,7 +84,7 @@ def test_derived_widths():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_unknown_name_is_refused_with_those_that_are_known(name):
-    """What a name stands for is a line in a table, and it is checked where that table is."""
+    """Names are keys of tables, and are checked next to the table."""
     cfg = build_config({name: "nonsense"})
     assert build_config({}).flat()[name] in KNOWN[name]
     with pytest.raises(UserError) as caught:
@@ -137,7 +137,7 @@ def test_a_switch_without_effect_is_refused(idle, others):
 
 
 def test_every_need_is_tried():
-    """By the test above, so that none is written down and forgotten."""
+    """Every `needs` of a setting is covered by the test above."""
     tried = {(*idle, *others) for idle, others in IDLE}
     assert tried == {(name, *need) for name, field in FIELDS.items() for need in field.metadata["needs"]}
 
@@ -245,7 +245,7 @@ def test_a_start_from_other_weights_has_the_same_data_to_be_tested_with():
 
 
 def test_there_are_at_most_sixty():
-    """A new one takes the place of another."""
+    """A new setting must replace another."""
     assert len(FIELDS) <= 60
 
 

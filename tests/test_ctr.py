@@ -1,4 +1,4 @@
-"""--task=ctr from end to end: processes, files, starting from a matching run, scoring own candidates."""
+"""--task=ctr from end to end: processes, files, --init_from a matching run, ranking own candidates."""
 
 import hashlib
 import re
@@ -41,7 +41,7 @@ CTR = [*MODEL, *SPLIT, "--task=ctr"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of ctr on two processes, in `run`, and a matching run on the same rows, in `matching`."""
+    """A CTR run on two processes in `run`, and a matching run on the same rows in `matching`."""
     cwd = tmp_path_factory.mktemp("ctr")
     write_csv(cwd / "tiny.csv")
     same = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=run"]
@@ -57,7 +57,7 @@ def work(trained, tmp_path) -> Path:
 
 
 def test_the_number_of_processes_changes_no_metric(work, monkeypatch):
-    """Trained and evaluated on two processes; evaluated on one, without saying the task again."""
+    """Trained and evaluated on two processes, then evaluated on one, without repeating --task."""
     monkeypatch.setattr(evaluate, "USERS_AT_ONCE", 7)  # as in the fixture
     result = read_json(work / "run" / "result.json")
     here("--eval_only=true", "--out_dir=run", cwd=work).ok()
@@ -73,7 +73,7 @@ def test_the_number_of_processes_changes_no_metric(work, monkeypatch):
 
 
 def test_what_is_known_of_an_impression_may_be_another_in_evaluation(work):
-    """Where the split is one of time, so that the rows and their order are the same."""
+    """Only with the split by time, where the rows and their order stay the same."""
     table = pd.read_csv(work / "tiny.csv")
     table.assign(timestamp=table["timestamp"] * 86400).to_csv(work / "days.csv", index=False)
     here(*MODEL, "--dataset=days.csv", "--task=ctr", "--num_epochs=1", "--out_dir=days", cwd=work).ok()
@@ -125,7 +125,7 @@ def test_a_split_with_one_class_has_no_auc_but_a_logloss(work, monkeypatch):
 
 
 def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
-    """In these files a tag was given where it is as odd as the item: only the context can tell."""
+    """The label is 1 if either the tag or the item is odd, not both: only the context reveals it."""
     folder = tmp_path / "data" / "movielens-latest-x1"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -201,7 +201,7 @@ RANK = ["--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth"]
 
 
 def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
-    """The same probabilities as of a row of its own for each."""
+    """The same probabilities as with one row per candidate."""
     table = [("u3", "i7"), ("u5", "i1"), ("u3", "i1"), ("u3", "i24")]
     (work / "c.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in table))
     assert "4 candidates of 2 users" in here(*RANK, cwd=work, program=rank.main).ok().stdout

@@ -1,4 +1,4 @@
-"""scripts/ctr_baselines.py: the logit of the regression by hand, what DIN may look at, and runs of both."""
+"""scripts/ctr_baselines.py: the logit of the regression by hand, the actions DIN attends to, and runs."""
 
 import sys
 
@@ -108,7 +108,7 @@ def test_candidates_do_not_know_of_each_other(name):
 
 
 def test_some_candidates_at_a_time_are_as_good_as_all(monkeypatch):
-    """Logits, and gradients, which then are of what is computed again."""
+    """The same logits and, through recomputation, the same gradients."""
     model, batch = make_model("din").double(), made_up_batch()
     found = []
     for pairs in (1, 10**6):

@@ -57,7 +57,7 @@ def rows_by_user(epoch):
             for row, (user, length) in enumerate(zip(batch["user_ids"], batch["lengths"], strict=True)):
                 assert user.item() not in rows, "a user twice"
                 cut = [batch[name][row].tolist() for name in ("item_ids", "targets")]
-                assert not any(any(ids[length:]) for ids in cut)  # nothing but padding behind
+                assert not any(any(ids[length:]) for ids in cut)  # only padding after it
                 rows[user.item()] = tuple(ids[:length] for ids in cut)
     return rows
 
@@ -150,7 +150,7 @@ def test_shuffled_ties_stay_between_their_neighbours_in_time():
             list("cdefgh"),
             list("ij"),
         )
-        assert [items[int(rating)] for rating in arrays["ratings"]] == order  # rows stay rows
+        assert [items[int(rating)] for rating in arrays["ratings"]] == order  # rows stay complete
         assert arrays["timestamps"].tolist() == sorted(times)
         assert any(f"--shuffle_ties={seed}" in note for note in meta["notes"])
         found.add("".join(order))
@@ -220,7 +220,7 @@ def test_every_training_user_once_an_epoch(tiny_dataset, batch_size):
 
 
 def test_more_than_a_pool_of_batches(tiny_dataset):
-    """Pools are 16 batches: 60 users at 2 a batch need two."""
+    """A pool is 16 batches: 60 users, 2 per batch, need two pools."""
     epoch = epoch_of(batches_of(tiny_dataset, batch_size=2))
     users = set(np.flatnonzero(tiny_dataset.train_lengths >= 2).tolist())
     assert rows_by_user(epoch).keys() == users
@@ -392,7 +392,7 @@ def test_seen_items_by_brute_force(tiny_dataset, name):
 
 @pytest.mark.parametrize("exclude_history", [True, False])
 def test_seen_negatives_meet_the_right_positions(tiny_dataset, exclude_history):
-    """`seen_items` has a row a sequence, the loss a row a target: model.negatives joins them."""
+    """`seen_items` has one row per sequence, the loss one per target: model.negatives joins them."""
     loss = LossConfig(num_negatives=12, exclude_history=exclude_history)
     model = model_for(tiny_dataset, loss)
     _, micro, _ = epoch_of(batches_of(tiny_dataset, loss=loss))[0]
@@ -503,7 +503,7 @@ def test_processes_evaluate_each_user_once_in_the_same_batches(tiny_dataset, mon
 
 @pytest.mark.parametrize("what", ["training", "evaluation", "impressions"])
 def test_the_share_of_the_data_is_not_the_number_of_the_process(tiny_dataset, monkeypatch, what):
-    """Where the tensors of a model lie on several processes, these read the same batches: here two of six
+    """Processes that share the tensors of one model read the same batches: here two of six
     have each of three shares."""
 
     def share():
@@ -532,7 +532,7 @@ def test_the_share_of_the_data_is_not_the_number_of_the_process(tiny_dataset, mo
 
 
 def test_preparing_needs_no_torch():
-    """What reclm/data makes can be made, and read, by any program with numpy and pandas."""
+    """Any program with numpy and pandas can build and read the prepared data."""
     names = [f"reclm.data.{path.stem}" for path in (MAIN.parent / "reclm" / "data").glob("[a-z]*.py")]
     assert len(names) > 5
     code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Process groups, without a training around them."""
+"""Process groups, without training."""
 
 import subprocess
 import sys

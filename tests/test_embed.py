@@ -1,4 +1,4 @@
-"""scripts/embed_titles.py with a small model in place of the real one, embed_images.py with real weights."""
+"""scripts/embed_titles.py with a small stand-in model, scripts/embed_images.py with real weights."""
 
 import pickle
 import subprocess
@@ -207,7 +207,7 @@ def test_weights_that_cannot_be_used(posters, weights):
 
     whole = weights.read_bytes()
     state = {name: tensor.contiguous() for name, tensor in read_state(weights).items()}
-    assert refuse("no.pth") == "--weights=no.pth does not exist"
+    assert refuse("no.pth") == "--weights=no.pth does not exist: name a .pth or .safetensors file"
     for content in (whole[:100_000], b"", b"hello", pickle.dumps(Malicious()), pickle.dumps([1])):
         assert "a.pth is truncated or not a state dict" in refuse("a.pth", content)
     for content in (save(state)[:100_000], b"hello"):

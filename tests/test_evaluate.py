@@ -1,4 +1,4 @@
-"""Ranking against brute force, over 1 to 3 processes, and of models with a known answer."""
+"""Ranking against brute force, on 1 to 3 processes, and for models with a known answer."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""torch.export takes the model: item ids and lengths in, scores of all items out, of any batch and length."""
+"""torch.export of the model: item ids and lengths in, scores of all items out, for any batch and length."""
 
 import pytest
 import torch

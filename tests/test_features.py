@@ -61,7 +61,7 @@ def test_word_codes():
 
 
 def test_texts_as_they_stand_in_the_item_table():
-    texts = item_texts(ITEMS, np.array([30, 10, 40]))  # of the last one nothing is known
+    texts = item_texts(ITEMS, np.array([30, 10, 40]))  # nothing is known about the last one
     assert texts["titles"].tolist() == ["Fly Away", "The Thing (1982)", ""]
     assert texts["genre_names"].tolist() == ["", "Horror|Sci-Fi", ""]
     assert item_texts(ITEMS.drop(columns="title"), np.array([10])).keys() == {"genre_names"}
@@ -84,7 +84,7 @@ FOUR = SimpleNamespace(
 
 def test_vectors_are_centred_and_of_length_one(tmp_path):
     raw = np.random.default_rng(0).normal(3, 2, (4, 5)).astype(np.float16)
-    raw[2] = 0  # nothing is known of it
+    raw[2] = 0  # an item without features
     np.save(tmp_path / "a.npy", raw)
     rows = load_features(str(tmp_path / "a.npy"), FOUR)["a"]
     assert rows.dtype == np.float32 and not rows[2].any()
@@ -111,11 +111,11 @@ NOT_FINITE = np.ones((4, 2))
 NOT_FINITE[1:3, 0] = np.nan
 BAD = {
     "rows": (saved(np.ones((3, 2))), ["has 3 rows", "has 4 items", "same --dataset"]),
-    "nan": (saved(NOT_FINITE), ["not finite in 2 rows", "row 1, item 20", "zeros"]),
+    "nan": (saved(NOT_FINITE), ["not finite in 2 rows", "row 1 (item 20)", "zeros"]),
     "flat": (saved(np.ones(4)), ["shape (4,)", "one row per item"]),
-    "words": (saved(np.array([["a"]] * 4)), ["expected numbers"]),
-    "objects": (saved(np.array([[{}]] * 4, dtype=object)), ["truncated or no matrix"]),
-    "cut": (lambda path: path.write_bytes(b"\x93NUMPY\x01"), ["truncated or no matrix"]),
+    "words": (saved(np.array([["a"]] * 4)), ["expected a numeric matrix"]),
+    "objects": (saved(np.array([[{}]] * 4, dtype=object)), ["truncated or not a numeric array"]),
+    "cut": (lambda path: path.write_bytes(b"\x93NUMPY\x01"), ["truncated or not a numeric array"]),
     "none": (lambda path: None, ["neither one of genres, year, title nor an existing"]),
 }
 
@@ -135,7 +135,7 @@ def test_other_refusals(tmp_path, monkeypatch):
     np.save(tmp_path / "genres.npy", np.ones((4, 2)))
     for spec, named in (
         ("year", "made has no year"),
-        (str(tmp_path / "c.safetensors"), "truncated or no matrix"),
+        (str(tmp_path / "c.safetensors"), "truncated or not a numeric array"),
         ("plot", "'plot', which is neither"),
         (f"genres,{tmp_path / 'genres.npy'}", "has genres twice"),
     ):
@@ -150,7 +150,7 @@ def test_other_refusals(tmp_path, monkeypatch):
 
 
 def test_only_what_is_asked_for_is_an_input():
-    """Contexts are, where the data have them: they are part of what was shown."""
+    """Contexts always are an input if the data have them: they are part of an impression."""
     table = impressions_table()
     dataset = replace(make_impressions(table), codes={})
     plain = choose_inputs(dataset, build_config({"task": "ctr", "action_embedding": False}))
@@ -167,7 +167,7 @@ def test_only_what_is_asked_for_is_an_input():
 
 LACKING = {
     "profile_tokens": (True, "needs a user table"),
-    "item_features": ("genres", "has no genres of its items"),
+    "item_features": ("genres", "has no genres for its items"),
     "action_embedding": (True, "needs ratings"),
     "negative_below": (3.0, "needs ratings"),
     "time_tokens": ("embedding", "needs timestamps"),

@@ -1,4 +1,4 @@
-"""Flags and YAML files: what is accepted, how it is converted, and what is refused, in one line."""
+"""Flags and YAML files: accepted values and their conversion, and refusals in one line."""
 
 import dataclasses
 import re
@@ -80,7 +80,7 @@ def test_a_removed_flag_in_every_form():
 
 
 def test_a_removed_name_is_meant_only_where_it_names_a_setting(yaml, tmp_path):
-    """Not as a value, and not in the path of a file."""
+    """Not as a value, and not in a file path."""
     assert refused(["--dim=scores"]).startswith("--dim: ")
     assert refused(["--dtype=schedule"]).startswith("--dtype: ")
     assert "was removed" not in refused([yaml("dim: scores\n")])

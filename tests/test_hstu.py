@@ -157,7 +157,7 @@ def test_runs_name_what_they_knew_of_time(tmp_path):
 
 
 def test_last_query_alone_sees_all_of_a_long_history():
-    """Longer than ROWS, where queries are worked on in parts and a single one is not."""
+    """Longer than ROWS, where queries are processed in parts, but a single query is not."""
     torch.manual_seed(0)
     batch = random_batch(rows=3, width=hstu.ROWS + 9)
     model = build(model_name="hstu", max_len=hstu.ROWS + 9)

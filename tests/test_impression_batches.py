@@ -12,7 +12,7 @@ from reclm.errors import UserError
 
 
 def batches_of_split(dataset, split, max_len, batch_size=5, **train):
-    """What ctr gets of a split: in training an epoch in two micro-batches a step."""
+    """The batches of a split; for training, those of an epoch with two micro-batches per step."""
     if split != "train":
         return list(impression_batches(dataset, split, max_len, batch_size))
     train = {"batch_size": batch_size, "grad_accum_steps": 2} | train
@@ -20,7 +20,7 @@ def batches_of_split(dataset, split, max_len, batch_size=5, **train):
 
 
 def shown_in(batches):
-    """(batch, sequence, candidate) of all candidates that are no padding."""
+    """(batch, sequence, candidate) of all candidates except padding."""
     for batch in batches:
         for row, column in (batch["labels"] >= 0).nonzero().tolist():
             yield batch, row, column
@@ -114,7 +114,7 @@ def test_processes_together_have_what_one_has(monkeypatch, split, count):
 
 
 def test_whose_history_is_empty():
-    """A first impression has nothing to look back at, and is still there."""
+    """A user's first impression has an empty history, but is still in a batch."""
     table = impressions_table(user=np.arange(300) % 100, timestamp=np.arange(300))
     table["split"] = np.repeat(["train", "valid", "test"], 100)
     dataset = make_impressions(table, ctr_history="past")

@@ -26,7 +26,7 @@ def labelled(table, **settings):
     return label_impressions(table, DataConfig(**{"ctr_split": "own"} | settings))[0]
 
 
-# ---------------------------------------------------------------- which count, and what is positive
+# ---------------------------------------------------------------- rows that count, and labels
 
 
 @pytest.mark.parametrize(("positive_from", "least"), [(4.0, 4), (2.5, 3), (5.0, 5)])
@@ -104,7 +104,7 @@ def test_split_at_the_bounds_of_every_span():
 
 @pytest.mark.parametrize("size", [10, 97, 1000])
 def test_split_at_random(size, monkeypatch):
-    """There is one, the same every time; how it is drawn is judged by 300 others."""
+    """The draw is fixed; its distribution is tested with 300 other seeds."""
     table, generator = pd.DataFrame(index=range(size)), np.random.default_rng
     first = split_at_random(table, DataConfig()).tolist()
     assert split_at_random(table, DataConfig(positive_from=3.0)).tolist() == first

@@ -1,4 +1,4 @@
-"""A history read once and then extended action by action is the whole row, in every form a row may have."""
+"""Extending a KV cache action by action equals encoding the whole row, for every kind of row."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def sequences(length, first=0):
 
 
 def ragged(batch, lengths):
-    """The first `lengths` actions of each row, padded on the right with what must not matter."""
+    """The first `lengths` actions of each row, padded on the right with values that must not matter."""
     width = int(lengths.max())
     shown = {name: x[:, :width].clone() for name, x in batch.items() if x.dim() > 1 and name != "profiles"}
     padding = torch.arange(width) >= lengths[:, None]

@@ -1,4 +1,4 @@
-"""Rows of tokens: against a slow reference written from the description, and what stays out of the loss."""
+"""Rows of tokens against a slow reference implementation, and the actions that are no targets."""
 
 import math
 import signal
@@ -104,7 +104,7 @@ def test_rows_are_as_described(profile, time, request_time):
 
 @pytest.mark.parametrize("time_tokens", ["tokens", "embedding"])
 def test_the_vector_of_a_token_is_the_sum_of_all_that_is_known_of_it(time_tokens):
-    """With one table of items and other tokens; the row of padding learns nothing."""
+    """One table for items and one for other tokens; the padding row is not trained."""
     model = all_inputs(time_tokens=time_tokens, position_embedding=True)
     inputs, table = model.inputs, torch.randn(ITEMS + 1, 16)
     table[0] = 0.0
@@ -122,7 +122,7 @@ def test_the_vector_of_a_token_is_the_sum_of_all_that_is_known_of_it(time_tokens
 
 
 def test_what_is_off_changes_nothing():
-    """With neither profile nor time tokens a row is the history, and no weight is added."""
+    """Without profile and time tokens a row is the history, and no weights are added."""
     batch, plain = full_batch(), build_model()
     row, queries = plain.inputs.lay_out(batch)
     assert torch.equal(row["token_ids"], batch["item_ids"]) and queries is None
@@ -163,7 +163,7 @@ def test_the_last_action_alone_gives_the_same_embedding(name, request_time):
 
 @pytest.mark.parametrize("time_tokens", ["none", "tokens"])
 def test_padding_changes_nothing(time_tokens):
-    """Also where it makes as many columns as there are tokens, as in a process's part of a batch."""
+    """Even as many padding columns as tokens, as in a process's share of a batch."""
     model, batch = all_inputs(time_tokens=time_tokens), full_batch()
     by_column = [name for name, value in batch.items() if value.shape[1:] == (12,)]
     hidden = model.encode(batch)
@@ -317,7 +317,7 @@ def work(tmp_path):
 
 
 def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work, monkeypatch):
-    """And whatever number of users each ranks at once: all in training, 7 in evaluation."""
+    """And with any number of users ranked at once: all in training, 7 in evaluation."""
     torchrun(2, "--dataset=tiny.csv", *TINY, *ALL, "--num_epochs=3", "--out_dir=a", cwd=work).ok()
     trained = read_json(work / "a" / "result.json")
     monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
@@ -326,7 +326,7 @@ def test_a_run_with_everything_on_is_the_same_on_any_number_of_processes(work, m
         evaluated = read_json(work / "a" / "eval-best.json")["test"]
         for name, value in trained["test"].items():  # times: means of float32, in another order
             assert evaluated[name] == pytest.approx(value, abs=1e-5 if "time" in name else 1e-12), name
-    for words in ("negative feedback: HR@10", "user's mean", "are negative feedback: never"):
+    for words in ("negative feedback: HR@10", "to the next action: NLL", "are negative feedback: never"):
         assert words in shown.stdout
 
 
@@ -341,7 +341,7 @@ def test_a_run_with_everything_on_resumes_to_the_same_bits(work, monkeypatch):
 
 
 def test_the_loss_of_an_epoch_is_a_mean_over_its_targets(work):
-    """However many steps they lie in; negative feedback does not count."""
+    """For any number of steps; negative feedback does not count."""
     flags = [*TINY, "--dataset=tiny.csv", "--negative_below=3", "--num_epochs=1", "--lr=1e-30", "--dropout=0"]
     flags += ["--num_negatives=25", "--share_negatives=true"]  # of 25 items: the same for every step
     for size in (5, 40):

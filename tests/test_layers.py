@@ -1,4 +1,4 @@
-"""The house: rooms and walls, imports point down, files and functions stay short, names stay few."""
+"""Code structure: packages, imports that point down, short files and functions, few arguments."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SPINE = {"main": 3, "evaluate": 2, "model": 1, "data": 1}  # and 0 for all of reclm
-MAY_IMPORT = {  # room of the package: the rooms it knows; "" is reclm itself, what all of them use
+MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all may use
     "": {""},
     "data": {"", "data"},
     "nn": {"", "data", "nn"},
@@ -164,7 +164,7 @@ def _static(node):
 
 
 def test_the_task_is_asked_for_in_two_places_at_most():
-    """Tasks are entries of dicts beside their users."""
+    """Tasks are entries of dicts next to the code that uses them."""
     asked = []
     for path in PROGRAM:
         for node in ast.walk(tree(path)):

@@ -1,4 +1,4 @@
-"""Records of a run: once, in the main process, complete after a resume."""
+"""Records of a run: written once, by the main process, and complete after a resume."""
 
 import json
 

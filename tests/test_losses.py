@@ -40,7 +40,7 @@ def log_sigmoid(x):
 
 
 def naive(name, hidden, table, targets, negatives, excluded, t=0.75):
-    """One position and one negative after the other."""
+    """A loop over positions and negatives."""
     total = 0.0
     for m in range(len(hidden)):
         positive = float(hidden[m] @ table[targets[m]])
@@ -92,7 +92,7 @@ def test_gbce_with_all_negatives_is_bce():
 
 def test_softmax_is_the_naive_loop_and_never_counts_row_0():
     hidden, table, targets, _, _ = inputs()
-    table[0] = 50.0  # would dominate if it were a candidate
+    table[0] = 50.0  # would dominate as a candidate
     expected = 0.0
     for m in range(M):
         scores = [math.exp(float(hidden[m] @ table[item])) for item in range(1, V)]
@@ -113,7 +113,7 @@ def test_softmax_leaves_out_the_history_of_each_sequence(monkeypatch, rows):
     hidden, table, targets, _, _ = inputs()
     owner = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     seen = torch.tensor([[2, 5, 5, 0, 0], [7, 1, 3, 9, 0], [4, 4, 4, 4, 4]])
-    seen[0, 4] = targets[0]  # a target counts, seen
+    seen[0, 4] = targets[0]  # a target counts, even if seen
     cold = torch.tensor([6, 8])
     targets[6] = 8  # or held out, or not
     values, results = [hidden.requires_grad_(), table.requires_grad_()], []

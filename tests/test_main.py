@@ -1,4 +1,4 @@
-"""The user's commands from end to end: processes, files, resume, signals. Tiny data, real processes."""
+"""The commands of a user from end to end: processes, files, resume, signals. Tiny data, real processes."""
 
 import errno
 import os
@@ -106,7 +106,7 @@ def test_it_learns(trained):
 
 
 def test_evaluation_does_not_depend_on_processes(trained, tmp_path, monkeypatch):
-    """Nor on how many users are ranked at once: in the fixture all of them, here 7."""
+    """It does not depend on the number of users ranked at once either: all in the fixture, 7 here."""
     folder, flags = run_dir(trained), ["--eval_only=true", "--ckpt_name=epoch_15.pth"]
     results = [read_json(folder / "eval-epoch_15.json")]
     monkeypatch.setattr(evaluate, "USERS_AT_ONCE", 7)
@@ -138,7 +138,7 @@ def test_a_second_training_leaves_the_first_alone(trained):
 
 
 def test_config_yaml_makes_the_run_again(tmp_path):
-    """And flags win over it."""
+    """And flags override it."""
     write_csv(tmp_path / "tiny.csv")
     here("--dataset=tiny.csv", *TINY, "--num_epochs=2", "--out_dir=a", cwd=tmp_path).ok()
     here("--config=a/config.yaml", "--out_dir=b", cwd=tmp_path).ok()
@@ -250,7 +250,7 @@ def test_dropout_is_a_function_of_seed_epoch_step_and_share_of_the_data(monkeypa
 
 
 def stop_after(monkeypatch, number: int) -> None:
-    """As if SIGTERM came in that step, counted from 1."""
+    """As if SIGTERM arrived in that step, counted from 1."""
     steps = []
 
     def stopped(request) -> bool:
@@ -312,7 +312,7 @@ def test_resume_auto_finds_a_named_run_through_latest(tmp_path, resume):
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_resume_by_absolute_path(tmp_path, moved):
-    """A run goes on in the folder of its checkpoint, also after that folder was moved."""
+    """A run continues in the folder of its checkpoint, even after the folder was moved."""
     write_csv(tmp_path / "tiny.csv")
     here(*LONGER, "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
     folder = tmp_path / ("other" if moved else "run")
@@ -323,7 +323,7 @@ def test_resume_by_absolute_path(tmp_path, moved):
 
 
 def test_resume_with_another_out_dir_copies_nothing_over(tmp_path):
-    """From the middle of an old run into a new folder: the old one stays as it is."""
+    """From the middle of an old run into a new folder; the old folder is unchanged."""
     write_csv(tmp_path / "tiny.csv")
     here("--dataset=tiny.csv", *TINY, "--num_epochs=3", "--out_dir=old", cwd=tmp_path).ok()
     before = snapshot(tmp_path / "old")
@@ -344,7 +344,7 @@ def test_resume_of_a_finished_run_reports_again(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--device=cuda", "--lr=1e30"])
 def test_a_start_that_failed_can_be_started_again(tmp_path, flag):
-    """No epoch was saved: the same command with --resume=auto, put right, must work."""
+    """No epoch was saved: the corrected command must work with --resume=auto."""
     if flag == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("has a GPU")
     write_csv(tmp_path / "tiny.csv")
@@ -403,7 +403,7 @@ def test_saving_replaces_all_names(tmp_path):
 
 
 def test_no_hard_links_here(tmp_path, monkeypatch):
-    """exFAT, many network and cloud mounts have none: a copy will do."""
+    """exFAT and many network and cloud mounts have no hard links: files are copied instead."""
 
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -431,7 +431,7 @@ def test_prune_and_find(tmp_path):
 
 
 def test_checkpoint_holds_nothing_but_data(trained):
-    """It loads without running code, and knows all that a resumed run needs."""
+    """It loads without running code and contains all that a resumed run needs."""
     state = checkpoint.load_checkpoint(run_dir(trained) / "last.pth")
     assert state["progress"]["epoch"] == 16 and state["progress"]["step"] == 0
     assert state["config"]["dim"] == 16 and state["dataset"] == "tiny"

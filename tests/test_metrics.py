@@ -18,7 +18,7 @@ from reclm.metrics import (
 
 
 def brute_force_rank(scores, target):
-    """The mean of the best and the worst place that the target has among its equals."""
+    """The mean of the best and the worst rank of the target among equal scores."""
     best = 1 + sum(score > scores[target] for score in scores)
     worst = sum(score >= scores[target] for score in scores)
     return (best + worst) / 2
@@ -155,7 +155,7 @@ def test_what_is_not_defined_is_left_out():
         assert got.keys() == {"logloss", "positives", "impressions"} and got["positives"] == label
         wrong = -logits.double() if label else logits.double()
         assert got["logloss"] == pytest.approx(wrong.exp().log1p().mean().item())
-    got = ctr_metrics(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))  # both, but of no user
+    got = ctr_metrics(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))  # each user has one label
     assert got["AUC"] == 1 and "NE" in got and not {"GAUC", "GAUC_users"} & got.keys()
 
 
@@ -164,6 +164,6 @@ def test_an_epoch_is_chosen_by_the_first_there_is(prefix):
     values = {
         f"{prefix}{name}": value for name, value in {"logloss": 0.6, "AUC": 0.7, "NDCG@10": 0.1}.items()
     }
-    for expected in (("NDCG@10", 0.1), ("AUC", 0.7), ("logloss", -0.6)):  # of losses the least
+    for expected in (("NDCG@10", 0.1), ("AUC", 0.7), ("logloss", -0.6)):  # the lowest loss
         assert choosing_metric(values, prefix) == expected
         values.pop(prefix + expected[0])

@@ -130,7 +130,7 @@ def ref_hidden(model, item_ids, user=None):
 
 
 def random_gains(module):
-    """Gains away from 1, so that a gain that is left out shows."""
+    """Gains different from 1, so that a missing gain changes the result."""
     for part in module.modules():
         if isinstance(part, nn.RMSNorm):
             nn.init.uniform_(part.weight, 0.5, 1.5)
@@ -381,7 +381,7 @@ EVERY_MODEL = pytest.mark.parametrize("changes", ALL_MODELS.values(), ids=ALL_MO
 
 
 def build_large(cls=SequenceRecommender, **changes):
-    """With all kinds of weights, and enough of each for statistics."""
+    """A model with all kinds of weights, and enough of each for statistics."""
     rng = np.random.default_rng(0)
     features = {"words": rng.integers(1, 50, (400, 3)), "text": rng.normal(size=(400, 96)).astype(np.float32)}
     codes = {"actions": 50, "contexts": 60}
@@ -392,13 +392,14 @@ def build_large(cls=SequenceRecommender, **changes):
 
 @EVERY_MODEL
 def test_weights_begin_as_the_table_says(changes):
-    """By the names that they have today: whoever adds a matrix says here how it begins."""
+    """By their current names: a new matrix must be added here with its initialisation."""
     model = build_large(**changes)
     unit, residual, zero = 64**-0.5, 1 / np.sqrt(2 * 3), 0.0
     embeddings = ("item_embedding", "user_embedding", "token_embedding")
     std = dict.fromkeys((*embeddings, "wq", "wk", "wv", "wu", "w1", "w3", "hidden"), unit)
     std |= {"wo": unit * residual, "w2": 192**-0.5 * residual, "gate": zero, "logit": zero}
-    std |= dict.fromkeys(("position_embedding", "time_embedding", "code_embeddings", "time_head"), zero)
+    std |= dict.fromkeys(("position_embedding", "time_embedding", "code_embeddings", "logits"), zero)
+    std |= {"of_hidden": unit, "of_recent": 128**-0.5, "inner": 128**-0.5, "of_statistics": 3**-0.5}
     std |= dict.fromkeys(("projections", "gates"), zero)  # of content
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
@@ -412,7 +413,7 @@ def test_weights_begin_as_the_table_says(changes):
 
 @EVERY_MODEL
 def test_the_name_of_a_module_decides_nothing(changes):
-    """With all modules renamed the weights begin at the same bits, and the optimizer groups them alike."""
+    """With all modules renamed, initial weights are bit-identical and the optimizer groups are the same."""
 
     class Renamed(SequenceRecommender):
         def init_weights(self):

@@ -32,7 +32,7 @@ def test_matrices_and_embeddings_decay_and_norms_never(model):
 
 
 def test_groups_follow_the_type_of_a_module_not_its_name():
-    """An embedding is one under any name, a matrix called embedding is none; frozen weights are left out."""
+    """An embedding counts under any name, a matrix named embedding does not; frozen weights are skipped."""
     layers = {
         "projection": nn.Embedding(3, 2),
         "position_embedding": nn.Linear(2, 2),

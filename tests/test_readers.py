@@ -1,4 +1,4 @@
-"""Reading data sets: the user's own tables, bad rows, and (where it is at hand) the real data."""
+"""Reading datasets: the user's own tables, bad rows, and the real data where available."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ def test_own_csv_keeps_ids_as_written(tmp_path):
 
 def test_own_tsv_without_timestamp_says_so(tmp_path):
     source = find_dataset(str(write(tmp_path / "mine.tsv", "user\titem\n1\t2\n")), "unused")
-    assert "order of its rows is taken" in source.notes[0] and "file order" in source.protocol
+    assert "file order is taken as time order" in source.notes[0] and "file order" in source.protocol
     assert rows(read_dataset(source)) == [["1", "2"]]
 
 
@@ -78,7 +78,7 @@ def test_refused_files(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             read_dataset(find_dataset(str(write(tmp_path / name, content)), "unused"))
 
-    with pytest.raises(UserError, match="unknown data set 'ml-2m'.*ml-1m, ml-1m-sasrec"):
+    with pytest.raises(UserError, match="unknown dataset 'ml-2m'.*ml-1m, ml-1m-sasrec"):
         find_dataset("ml-2m", tmp_path)
     refused("a.csv", "user,movie\n1,2\n", "columns are: user, movie")
     refused("b.csv", "user,item,item\n1,2,3\n", "column twice")
@@ -90,7 +90,7 @@ def test_refused_files(tmp_path, monkeypatch):
     refused("g.parquet", "no", "not a parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused("h.parquet", "no", "pip install pyarrow")
-    refused("ml.xlsx", "", "unknown data set")
+    refused("ml.xlsx", "", "unknown dataset")
 
 
 # ---------------------------------------------------------------- bad rows
@@ -106,7 +106,7 @@ BAD = {
     "context": ("", " "),
     "split": ("", "1", "dev", "Train", "train "),
 }
-FORMATS = {  # separator, header, where the file goes, name of the data set
+FORMATS = {  # separator, header, path of the file, name of the dataset
     "1m": ("::", "", "ml-1m/ratings.dat", "ml-1m"),
     "100k": ("\t", "", "ml-100k/u.data", "ml-100k"),
     "recbole": ("\t", "u\ti\tr\tt\n", "ml-100k-recbole/ml-100k.inter", "ml-100k"),

@@ -1,4 +1,4 @@
-"""Finding and downloading data sets: offline, save for a server on 127.0.0.1."""
+"""Finding and downloading datasets: offline, except for a server on 127.0.0.1."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ ML_1M = {
     "ml-1m/users.dat": b"1::F::1::10::04806\n2::M::56::16::70072\n",
     "ml-1m/movies.dat": b"7::Caf\xe9: Two (1990)::Drama\n10::A (1995)::Comedy|War\n",  # latin-1
 }
-WHEEL = {  # of each file one row, but for the interactions
+WHEEL = {  # one row per file, two of interactions
     "inter": "user_id:token item_id:token rating:float timestamp:float\n"
     "196 242 3 881250949\n186 302 3 891717742\n",
     "item": "item_id:token movie_title:token_seq release_year:token class:token_seq\n"
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append((self.command, self.path, asked))
         if body is None:
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")  # how the hub says it
+            self.send_header("X-Error-Code", "EntryNotFound")  # as the hub answers
             return self.end_headers()
         start = int(re.findall(r"\d+", asked)[0]) if asked and self.server.ranges else 0
         if start and start >= len(body):
@@ -113,7 +113,7 @@ def serve_ml_1m(server, monkeypatch, **extra):
 
 
 def serve_hub(server, monkeypatch, repo, md5, files):
-    """Offer `files` as a data set of the hub, with the right checksums."""
+    """Offer `files` as a dataset of the hub, with the right checksums."""
     for name, content in files.items():
         server.files[f"/datasets/{repo}/resolve/main/{name}"] = content.encode()
         monkeypatch.setitem(md5, name, hashlib.md5(content.encode()).hexdigest())
@@ -138,7 +138,7 @@ def serve_x1_zip(server, monkeypatch):
     server.files[f"{X1_PATH}/{download.X1_ARCHIVE}"] = zipped({**packed, "../evil": "x"})
 
 
-ON_HUB = {  # how it is offered: its name, and what download.py knows of it
+ON_HUB = {  # function that serves it: name, repository and checksums
     serve_m1: ("ml-1m-m1", download.M1_REPO, download.M1_MD5),
     serve_x1: ("movielens-latest-x1", download.X1_REPO, download.X1_MD5),
     serve_x1_zip: ("movielens-latest-x1", download.X1_REPO, download.X1_MD5),
@@ -188,7 +188,7 @@ def test_download_and_read_ml_1m(server, monkeypatch, tmp_path):
     assert data.items.title.tolist() == ["Café: Two (1990)", "A (1995)"]
     assert source.protocol.startswith("P2") and source.notes == ()
     names = ["ml-1m", "ml-1m/movies.dat", "ml-1m/ratings.dat", "ml-1m/users.dat"]
-    assert visible_files(tmp_path) == names  # nothing else out of the zip, no part file
+    assert visible_files(tmp_path) == names  # nothing else from the zip, and no part file
     assert not (tmp_path.parent / "evil").exists()
     server.files.clear()
     assert find_dataset(None, tmp_path) == source  # now local: no request
@@ -358,7 +358,7 @@ def test_m1_from_the_hub_joined_with_ratings(server, monkeypatch, tmp_path):
     expected = [[int(v) for v in line.split("::")] for line in M1_RATINGS.split()[:8]]
     assert rows(read_dataset(source)) == expected
     write(tmp_path / "ml-1m/ratings.dat", M1_RATINGS.replace("2::6::1", "2::50::1"))
-    with pytest.raises(UserError, match="not the ratings.dat of ml-1m-m1"):
+    with pytest.raises(UserError, match="is not MovieLens-1M's .ratings differ from ml-1m-m1"):
         read_dataset(source)
 
 
@@ -426,6 +426,6 @@ def test_hub_download_failures(server, monkeypatch, tmp_path, serve, trouble):
 def test_zip_without_the_files_is_refused(server, monkeypatch, tmp_path, body):
     serve_x1_zip(server, monkeypatch)
     server.files[f"{X1_PATH}/{download.X1_ARCHIVE}"] = body
-    with pytest.raises(UserError, match="x1.zip is not a whole zip with train.csv, .*put the files into"):
+    with pytest.raises(UserError, match="x1.zip is not a complete zip of train.csv, .*put the files into"):
         find_dataset("movielens-latest-x1", tmp_path)
     assert visible_files(tmp_path / "movielens-latest-x1") == []

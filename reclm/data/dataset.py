@@ -1,4 +1,4 @@
-"""What all of the program knows as the data: sequences, and the sizes that a model must have room for."""
+"""The prepared data as arrays (`Dataset`), and the sizes that a model is built for (`Vocabulary`)."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -8,29 +8,31 @@ import numpy as np
 
 
 def no_numbers() -> np.ndarray:
+    """An empty int64 array, the default of optional fields."""
     return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model must have room for; with the weights all that inference needs of the data."""
+    """Sizes and item features that a model is built for; inference needs no more of the training data."""
 
     num_items: int
     num_users: int
-    profile_sizes: tuple[int, ...] = ()  # codes of each field of a profile, with 0 for "unknown"
-    code_sizes: dict[str, int] = field(default_factory=dict)  # largest code of each of Dataset.codes
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of items; see reclm/data/features.py
-    cold_items: np.ndarray = field(default_factory=no_numbers)  # never trained
+    profile_sizes: tuple[int, ...] = ()  # codes per profile field, 0 = unknown included
+    code_sizes: dict[str, int] = field(default_factory=dict)  # largest code per array of Dataset.codes
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # one row per item, as in Dataset
+    cold_items: np.ndarray = field(default_factory=no_numbers)  # items held out of training
 
 
 @dataclass
 class Dataset:
-    """All sequences, one after another: user u owns rows offsets[u] : offsets[u + 1], oldest first."""
+    """All sequences, concatenated: user u owns rows offsets[u] : offsets[u + 1], oldest first (CTR: ordered
+    by `impressions.order_impressions`). There are U users and V - 1 items; item 0 is padding."""
 
     name: str
     protocol: str
-    notes: list[str]  # what a reader of the numbers must know; printed
-    fingerprint: str  # of original ids and sequences: a checkpoint fits only its own
+    notes: list[str]  # caveats to print with the results
+    fingerprint: str  # hash of ids and sequences, compared with that of a checkpoint
     offsets: np.ndarray  # (U + 1,) int64
     item_ids: np.ndarray  # (rows,) int64 in 1..V-1
     timestamps: np.ndarray  # (rows,) float64 seconds; empty where the source has none
@@ -38,20 +40,20 @@ class Dataset:
     users: np.ndarray  # (U,) original ids
     items: np.ndarray  # (V - 1,) original ids; items[i - 1] is item i
     task: str = "matching"
-    titles: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,); empty without titles
-    genre_names: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,) "Action|Comedy"
-    cold_items: np.ndarray = field(default_factory=no_numbers)  # kept out of training
+    titles: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,), or empty
+    genre_names: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,), or empty
+    cold_items: np.ndarray = field(default_factory=no_numbers)  # sorted; held out of training
     profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (U, P) codes
     words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
-    # Of impressions (--task=ctr; reclm/data/impressions.py), each (rows,) and empty elsewhere.
+    # Impressions only (--task=ctr, see reclm/data/impressions.py): each (rows,), otherwise empty.
     labels: np.ndarray = field(default_factory=no_numbers)  # 0 or 1
-    splits: np.ndarray = field(default_factory=no_numbers)  # one of impressions.SPLITS
-    history_lengths: np.ndarray = field(default_factory=no_numbers)  # its history: that many first rows
-    contexts: np.ndarray = field(default_factory=no_numbers)  # what else was known then; codes from 1 on
-    # What this run gives the model, empty where it is not asked for; see features.choose_inputs.
+    splits: np.ndarray = field(default_factory=no_numbers)  # values of impressions.SPLITS
+    history_lengths: np.ndarray = field(default_factory=no_numbers)  # its history: the user's first n rows
+    contexts: np.ndarray = field(default_factory=no_numbers)  # codes of the column context, from 1
+    # Optional inputs of this run, empty unless requested; see features.choose_inputs.
     profile_sizes: tuple[int, ...] = ()
-    codes: dict[str, np.ndarray] = field(default_factory=dict)  # of actions: (rows,) from 1 on, 0 = unknown
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of items, one row each
+    codes: dict[str, np.ndarray] = field(default_factory=dict)  # per action: (rows,), 0 = unknown
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # per item: (V - 1, K) or (V - 1, F)
     negative: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (rows,) negative feedback
 
     @property
@@ -64,6 +66,7 @@ class Dataset:
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """The sizes and item features that the model of this run is built for."""
         return Vocabulary(
             self.num_items,
             self.num_users,
@@ -75,34 +78,35 @@ class Dataset:
 
     @property
     def ids(self) -> str:
-        """A hash of the original ids: with the same one, a user or an item has the same number."""
+        """Hash of the original ids, 16 hex digits: datasets that share it number users and items alike."""
         return hashlib.sha256("\n".join(map(str, [*self.items, *self.users])).encode()).hexdigest()[:16]
 
     @property
     def lengths(self) -> np.ndarray:
+        """(U,) int64: number of rows per user."""
         return np.diff(self.offsets)
 
     @property
     def ranked_users(self) -> np.ndarray:
-        """Users with at least one training, one validation and one test item."""
+        """(n,) int64: the users to evaluate, those with a training, a validation and a test item."""
         return np.flatnonzero(self.lengths >= 3)
 
     @property
     def train_lengths(self) -> np.ndarray:
-        """(U,) Leave-one-out: all but the last two; short sequences train whole."""
+        """(U,) int64: training rows per user (leave-one-out): all but the last two; of 1 or 2, all."""
         return np.where(self.lengths >= 3, self.lengths - 2, self.lengths)
 
     @cached_property
     def owner(self) -> np.ndarray:
-        """(rows,) the user of each row."""
+        """(rows,) int64: the user of each row."""
         return np.repeat(np.arange(self.num_users), self.lengths)
 
     @cached_property
     def place(self) -> np.ndarray:
-        """(rows,) how many rows of its user come before each."""
+        """(rows,) int64: position of each row in the sequence of its user, from 0."""
         return np.arange(len(self.item_ids)) - self.offsets[self.owner]
 
     @property
     def in_training(self) -> np.ndarray:
-        """(rows,) bool: leave-one-out trains on these."""
+        """(rows,) bool: True for the training rows of leave-one-out."""
         return self.place < self.train_lengths[self.owner]

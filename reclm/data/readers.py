@@ -1,7 +1,7 @@
-"""Read raw files into tables: rows in file order, ids as they stand, every row checked.
+"""Read raw files into tables: rows in file order, ids unchanged, every row checked.
 
-A reader takes the files of one data set and returns `RawData`; it raises `UserError` naming the
-file and the line of the first bad row.
+A reader takes the files of one dataset and returns `RawData`. It raises `UserError` with the file
+and the line of the first bad row.
 """
 
 import csv
@@ -20,18 +20,18 @@ from reclm.data.impressions import positive_core
 from reclm.errors import UserError
 
 IDS = ("user", "item")
-RATED = "user item rating timestamp"  # the columns of GroupLens' files, in their order
+RATED = "user item rating timestamp"  # columns of GroupLens' rating files, in order
 SPLITS = ("train", "valid", "test")
-COLUMNS = {  # the columns of interactions, and what each value must be
+COLUMNS = {  # columns of interactions -> the values allowed in each
     "user": "an id",
     "item": "an id",
     "rating": "a number",
     "timestamp": "seconds, zero or more",
-    "label": "0 or 1",  # whether it was clicked
-    "context": "an id",  # what else is known when the item is shown: a tag, a page
+    "label": "0 or 1",  # 1 = positive, such as a click
+    "context": "an id",  # known when the item is shown: a tag, a page
     "split": "train, valid or test",
 }
-FITS: dict[str, Callable[[pd.Series], pd.Series]] = {  # which numbers are what a value must be
+FITS: dict[str, Callable[[pd.Series], pd.Series]] = {  # allowed values -> check of a numeric column
     "an id": lambda numbers: (numbers % 1 == 0) & (numbers.abs() <= 2**53),
     "a number": lambda numbers: np.isfinite(numbers),
     "seconds, zero or more": lambda numbers: (numbers >= 0) & (numbers < np.inf),
@@ -48,15 +48,15 @@ X1_COLUMNS = {"user_id": "user", "item_id": "item", "label": "label", "tag_id": 
 
 @dataclass
 class RawData:
-    """What a reader returns; ids are the original ones (int64 or str)."""
+    """The tables that a reader returns, with original ids (int64 or str)."""
 
-    interactions: pd.DataFrame  # user, item, and what else there is of COLUMNS; rows in file order
-    users: pd.DataFrame | None = None  # user, and any columns: gender, age, occupation, zip
+    interactions: pd.DataFrame  # user, item and any others of COLUMNS; rows in file order
+    users: pd.DataFrame | None = None  # user and any others, such as gender, age, occupation, zip
     items: pd.DataFrame | None = None  # item, title ("Toy Story (1995)"), genres ("Action|Comedy")
 
 
 def _read_movielens(files: tuple[Path, ...], *tables: tuple[str, str, str], **options) -> list:
-    """The tables (file name, separator, columns), each None where its file is not among `files`."""
+    """Read the `tables` (file name, separator, columns); None for each whose file is not in `files`."""
     path, found = {file.name: file for file in files}, []
     for name, sep, columns in tables:
         encoding = "latin-1" if name in ("movies.dat", "u.item") else "utf-8-sig"
@@ -66,14 +66,14 @@ def _read_movielens(files: tuple[Path, ...], *tables: tuple[str, str, str], **op
 
 
 def _read_grouplens_1m(files: tuple[Path, ...]) -> RawData:
-    """ratings.dat, and users.dat, movies.dat where present."""
+    """ratings.dat, with users.dat and movies.dat if present."""
     users = ("users.dat", "::", "user gender age occupation zip")
     items = ("movies.dat", "::", "item title genres")
     return RawData(*_read_movielens(files, ("ratings.dat", "::", RATED), users, items))
 
 
 def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
-    """u.data, and u.user, u.item where present."""
+    """u.data, with u.user and u.item if present."""
     users = ("u.user", "|", "user age gender occupation zip")
     items = ("u.item", "|", f"item title released video url {ML_100K_GENRES}")
     ratings, users, items = _read_movielens(files, ("u.data", "\t", RATED), users, items)
@@ -85,7 +85,7 @@ def _read_grouplens_100k(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
-    """The wheel's copy of the same rows: tab-separated, with headers of its own."""
+    """The wheel's copy of the same rows: tab-separated, with its own headers."""
     users = ("ml-100k.user", "\t", "user age gender occupation zip")
     items = ("ml-100k.item", "\t", "item title year genres")
     ratings = ("ml-100k.inter", "\t", RATED)
@@ -97,13 +97,13 @@ def _read_recbole_100k(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_sasrec(files: tuple[Path, ...]) -> RawData:
-    """One "user item" a line, in order of time."""
+    """One "user item" pair per line, in time order."""
     return RawData(_read_text(files[0], " ", names=["user", "item"]))
 
 
 def _read_m1(files: tuple[Path, ...]) -> RawData:
-    """Lists of items (list index = user), joined with ratings.dat, the last of the files: rows, ids and
-    order are its own."""
+    """The rows of ratings.dat, the last file, that the item lists (list index = user) contain: ids, ratings
+    and order are those of ratings.dat."""
     parts = []
     for file in files[:M1_LISTS]:
         try:
@@ -114,22 +114,22 @@ def _read_m1(files: tuple[Path, ...]) -> RawData:
         parts.append(pd.DataFrame({"user": items.index, "item": items.to_numpy("int64")}))
     listed = pd.concat(parts, ignore_index=True)
     ratings = _read_grouplens_1m(files[M1_LISTS:]).interactions
-    # Found by matching: reczoo kept users and items with 20 or more ratings (repeatedly, until all
-    # have them) and numbered what remained by the sorted ids, as text: "1", "10", "100", ...
+    # Inferred by matching the files: reczoo kept the 20-core (users and items with 20 or more ratings,
+    # repeated until all have them) and numbered the ids in text order: "1", "10", "100", ...
     core = positive_core(ratings.assign(label=1), M1_MIN_COUNT).drop(columns="label")
     for column in IDS:
         original = np.array(sorted(core[column].unique(), key=str))
         if listed[column].max() + 1 != len(original):
-            raise UserError(f"{files[-1]} is not the ratings.dat of ml-1m-m1: {column}s differ")
+            raise UserError(f"{files[-1]} is not MovieLens-1M's ({column}s differ from ml-1m-m1): replace it")
         listed[column] = original[listed[column]]
     both = core.merge(listed, how="inner", on=["user", "item"])
     if not len(both) == len(core) == len(listed):
-        raise UserError(f"{files[-1]} is not the ratings.dat of ml-1m-m1: ratings differ")
+        raise UserError(f"{files[-1]} is not MovieLens-1M's (ratings differ from ml-1m-m1): replace it")
     return RawData(core.reset_index(drop=True))
 
 
 def _read_x1(files: tuple[Path, ...]) -> RawData:
-    """train.csv, valid.csv, test.csv, one after another; the columns of each in any order."""
+    """train.csv, valid.csv and test.csv, concatenated; the columns of each may be in any order."""
     parts = []
     for file in files:
         header = _csv_header(file)
@@ -143,7 +143,7 @@ def _read_x1(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_csv(files: tuple[Path, ...]) -> RawData:
-    """The user's .csv or .tsv; ids stay text exactly as written ("007" is not "7")."""
+    """The user's .csv or .tsv; ids stay text as written ("007" is not "7")."""
     file, quoting = files[0], csv.QUOTE_MINIMAL
     text = {column: str for column, must_be in COLUMNS.items() if must_be == "an id"}
     wanted = wanted_columns(file)
@@ -153,7 +153,7 @@ def _read_csv(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_parquet(files: tuple[Path, ...]) -> RawData:
-    wanted = wanted_columns(files[0])  # refuses a file that is not parquet
+    wanted = wanted_columns(files[0])  # raises UserError if it is not parquet
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(files[0], columns=wanted).to_pandas(ignore_metadata=True)
@@ -164,7 +164,7 @@ def _read_parquet(files: tuple[Path, ...]) -> RawData:
 
 
 def _read_side_tables(files: tuple[Path, ...]) -> list[pd.DataFrame | None]:
-    """NAME.users.csv and NAME.items.csv where they are among the files, all columns as text."""
+    """NAME.users.csv and NAME.items.csv, all columns as text; None for each that is not in `files`."""
     tables = []
     for column in IDS:
         file = next((file for file in files if file.name.endswith(f".{column}s.csv")), None)
@@ -174,7 +174,7 @@ def _read_side_tables(files: tuple[Path, ...]) -> list[pd.DataFrame | None]:
         header = _csv_header(file)
         if column not in header or len(header) < 2 or len(set(header)) < len(header):
             raise UserError(
-                f"{file} needs the column {column} and others, each once; it has: {', '.join(header)}"
+                f"{file} needs the column {column} and another, each once; it has: {', '.join(header)}"
             )
         text = dict.fromkeys(header, str)
         options = {"quoting": csv.QUOTE_MINIMAL, "header": 0, "dtype": text}
@@ -198,14 +198,15 @@ READERS: dict[str, Callable[[tuple[Path, ...]], RawData]] = {
 
 
 def wanted_columns(file: Path) -> list[str]:
-    """Those of COLUMNS that the user's table has, in its order; UserError without user and item."""
+    """The columns of the user's table that are in COLUMNS, in file order. Raises UserError if user or item is
+    missing or one of them occurs twice."""
     header = _parquet_header(file) if file.suffix.lower() == ".parquet" else _csv_header(file)
     if "user" not in header or "item" not in header:
         there = ", ".join(header)
         raise UserError(f"{file} needs the columns user and item; its columns are: {there}")
     wanted = [column for column in header if column in COLUMNS]
     if len(wanted) != len(set(wanted)):
-        raise UserError(f"{file} has a column twice; its columns are: {', '.join(header)}")
+        raise UserError(f"{file} has a column twice, remove one: {', '.join(header)}")
     return wanted
 
 
@@ -234,12 +235,12 @@ def _separator(file: Path) -> str:
 def _records(
     file: Path, sep: str, encoding: str = "utf-8-sig", quoting: int = csv.QUOTE_NONE
 ) -> Iterator[tuple[int, list[str]]]:
-    """(1-based line number, fields) of each record that is not blank; UserError if unreadable."""
+    """Yield (1-based line number, fields) of each non-blank record. Raises UserError if unreadable."""
     line = 0
     try:
         with open(file, encoding=encoding, newline="") as stream:
             lines = stream
-            if sep == "::":  # two characters: more than csv and pandas' fast parser take
+            if sep == "::":  # csv and pandas' fast parser take one character
                 lines, sep = (text.replace("::", "\t") for text in stream), "\t"
             reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
             for fields in reader:
@@ -260,13 +261,13 @@ def _read_text(
     checked: Iterable[str] = COLUMNS,
     **options,
 ) -> pd.DataFrame:
-    """Read a delimited file and check every row; `options` are those of pandas.read_csv.
+    """Read a delimited file and check every row; `options` go to pandas.read_csv.
 
-    pandas would fill up short rows and cut long ones, so the fields are counted beforehand.
+    pandas pads short rows and truncates long ones, so the fields are counted first.
     """
     expected, line = len(options.get("names", ())), 0
     for line, fields in _records(file, sep, encoding, quoting):
-        expected = expected or len(fields)  # without names, the header says how many
+        expected = expected or len(fields)  # without names, the header defines the number
         if len(fields) != expected:
             raise UserError(f"{file}, line {line}: {len(fields)} fields, expected {expected}")
     if line == 0:
@@ -289,9 +290,9 @@ def _read_text(
 def _check_values(
     table: pd.DataFrame, place: Callable[[int], str], text_ids: bool, checked: Iterable[str] = COLUMNS
 ) -> None:
-    """Check the columns `checked` and make numbers of them, ids that may be text excepted.
+    """Check the columns `checked` and convert them to numbers, in place, except text ids and the split.
 
-    Raises UserError for the first bad value of a column; `place` says where a row comes from.
+    Raises UserError for the first bad value of a column; `place` maps a row to its file and line.
     """
     for column in table.columns.intersection(list(checked)):
         values, must_be = table[column], COLUMNS[column]
@@ -302,7 +303,7 @@ def _check_values(
         elif must_be == "an id" and text_ids and is_string_dtype(values):
             bad = values.isna() | (values.str.strip() == "")
         else:
-            # Through text, since pandas would count a date or True as a number.
+            # Via text, because pandas would convert a date or True to a number.
             text = values if values.dtype.kind in "iuf" else values.astype(str)
             numbers = pd.to_numeric(text, errors="coerce")
             bad = ~FITS[must_be](numbers)

@@ -1,7 +1,7 @@
-"""Find a data set: from its name to a `Source`, the files to read and the protocol to read them by.
+"""Locate a dataset by name: `Source` holds its files, its protocol and the reader for them.
 
-`find_dataset` downloads what is missing (see download.py); `read_dataset` reads a `Source` into
-tables (see readers.py). Both raise `UserError`, one line that says what is wrong and what to do.
+`find_dataset` downloads missing files (see download.py); `read_dataset` reads a `Source` into
+tables (see readers.py). Both raise `UserError`, one line with the problem and its remedy.
 """
 
 from collections.abc import Iterable
@@ -24,32 +24,33 @@ from reclm.data.download import (
 from reclm.data.readers import READERS, RawData, wanted_columns
 from reclm.errors import UserError
 
-# Side tables first: the last file to arrive is the one whose presence means "complete".
+# Side tables first: files are moved in this order, so the last one marks a complete folder.
 ML_1M_FILES = ("users.dat", "movies.dat", "ratings.dat")
 ML_100K_FILES = ("u.user", "u.item", "u.data")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set lies and how it is to be read."""
+    """The files of a dataset and how to read them."""
 
     name: str  # one of FINDERS, or the stem of the user's file
-    protocol: str  # one short phrase, printed beside every number
-    files: tuple[Path, ...]  # all that the reader reads, in a fixed order: the key of any cache
+    protocol: str  # a short phrase, printed with the results
+    files: tuple[Path, ...]  # all that the reader reads, in a fixed order; hashed for the cache key
     reader: str  # key into READERS
-    notes: tuple[str, ...] = ()  # things to say out loud
+    notes: tuple[str, ...] = ()  # caveats to print with the results
 
 
 def find_dataset(dataset: str | None, data_dir: str | Path) -> Source:
-    """Locate `dataset` (None: MovieLens-1M, else -100K) in `data_dir`, downloading what is missing. Raises
-    UserError."""
+    """Locate `dataset`, a key of FINDERS or the path of a .csv, .tsv or .parquet file, in `data_dir` and
+    download it if missing. None means MovieLens-1M, or MovieLens-100K if that is not available. Raises
+    UserError if it is unknown, or neither present nor downloadable."""
     if dataset in FINDERS:
         return FINDERS[dataset](Path(data_dir))
     return _find_own_file(Path(dataset))
 
 
 def _find_any(data_dir: Path) -> Source:
-    """MovieLens-1M; where it cannot be had MovieLens-100K, and a note that says so loudly."""
+    """MovieLens-1M, or MovieLens-100K with a note if that is not available."""
     try:
         return _find_ml_1m(data_dir)
     except UserError as error:
@@ -59,12 +60,12 @@ def _find_any(data_dir: Path) -> Source:
             fetch_wheel(data_dir)
     except UserError as no_100k:
         raise UserError(
-            f"no data set: {data_dir} holds neither ml-1m/ratings.dat nor ml-100k/u.data; "
+            f"no dataset: {data_dir} has neither ml-1m/ratings.dat nor ml-100k/u.data; "
             f"ml-1m: {no_1m}; ml-100k: {no_100k}"
         ) from no_100k
     loud = (
         f"MovieLens-1M is not in {data_dir} and cannot be downloaded: training on MovieLens-100K "
-        f"instead, 943 users. Reason: {no_1m}"
+        f"instead (943 users). Reason: {no_1m}"
     )
     source = _local_ml_100k(data_dir)
     return replace(source, notes=(loud, *source.notes))
@@ -91,14 +92,14 @@ def _find_ml_100k(data_dir: Path) -> Source:
 
 
 def _local_ml_100k(data_dir: Path) -> Source | None:
-    """MovieLens-100K as it lies in `data_dir`: GroupLens' files, else those of the wheel."""
+    """MovieLens-100K in `data_dir`: GroupLens' files, else those of the wheel, else None."""
     protocol = "ML-100K: u.data, stable sort by time, leave-one-out"
     if (data_dir / "ml-100k" / "u.data").exists():
         files = _existing(data_dir / "ml-100k", ML_100K_FILES)
         return Source("ml-100k", protocol, files, "grouplens-100k")
     folder = data_dir / "ml-100k-recbole"
     if (folder / "ml-100k.inter").exists():
-        note = f"MovieLens-100K is read from {folder}, the copy inside PyPI's {WHEEL}: same rows"
+        note = f"MovieLens-100K is read from {folder}, the copy in PyPI's {WHEEL}, with the same rows"
         return Source("ml-100k", protocol, _existing(folder, WHEEL_FILES), "recbole-100k", (note,))
     return None
 
@@ -107,7 +108,7 @@ def _find_sasrec(data_dir: Path) -> Source:
     file = data_dir / "ml-1m" / "sasrec" / "ml-1m.txt"
     if not file.exists():
         raise UserError(
-            f"{file} is missing: put data/ml-1m.txt of github.com/pmixer/SASRec.pytorch there, or "
+            f"{file} is missing: copy data/ml-1m.txt of github.com/pmixer/SASRec.pytorch there, or "
             "use --dataset=ml-1m --min_item_count=5, which gives the same sequences"
         )
     protocol = "P3: SASRec's ml-1m.txt (items with 5 or more ratings), its order, leave-one-out"
@@ -115,7 +116,7 @@ def _find_sasrec(data_dir: Path) -> Source:
 
 
 def _find_m1(data_dir: Path) -> Source:
-    """The lists of reczoo/Movielens1M_m1, plus ratings.dat, without which they have no order."""
+    """The lists of reczoo/Movielens1M_m1, and ratings.dat, which provides their order."""
     folder, ratings = data_dir / "ml-1m" / "reczoo_m1", data_dir / "ml-1m" / "ratings.dat"
     if not ratings.exists():
         raise UserError(
@@ -126,18 +127,18 @@ def _find_m1(data_dir: Path) -> Source:
 
 
 def _find_x1(data_dir: Path) -> Source:
-    """The rows of reczoo/MovielensLatest_x1: was this tag given to this item by this user?"""
+    """reczoo/MovielensLatest_x1, for CTR: label 1 if the user gave this tag to this item."""
     files = _hub_files(X1_REPO, X1_MD5, data_dir / "movielens-latest-x1", X1_ARCHIVE)
     protocol = "MovielensLatest_x1: reczoo's own random split 7:2:1, no timestamps"
     note = (
-        "the rows of movielens-latest-x1 have no time: the order of the files is taken as the order in "
-        "time, and a random split lets a model learn from the future"
+        "movielens-latest-x1 has no timestamps: file order is taken as time order, and its random split lets "
+        "a model learn from the future"
     )
     return Source("movielens-latest-x1", protocol, files, "reczoo-x1", (note,))
 
 
 def _hub_files(repo: str, md5: dict[str, str], folder: Path, archive: str | None = None) -> tuple[Path, ...]:
-    """The files {name: md5} in `folder`, each checked, downloaded from the hub where one is missing."""
+    """Paths of the files {name: md5} in `folder`, verified; all are downloaded if one is missing."""
     if len(_existing(folder, md5)) < len(md5):
         fetch_hub(repo, md5, folder, archive)
     for name in md5:
@@ -149,14 +150,14 @@ def _find_own_file(file: Path) -> Source:
     reader = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(file.suffix.lower())
     if reader is None or not file.is_file():
         raise UserError(
-            f"unknown data set {str(file)!r}: neither one of {', '.join(filter(None, FINDERS))} "
+            f"unknown dataset {str(file)!r}: neither one of {', '.join(filter(None, FINDERS))} "
             "nor an existing .csv, .tsv or .parquet file"
         )
     files = (file, *_existing(file.parent, (f"{file.stem}.users.csv", f"{file.stem}.items.csv")))
     if "timestamp" in wanted_columns(file):
         return Source(file.stem, "own file, stable sort by time, leave-one-out", files, reader)
     protocol = "own file, file order taken as time order, leave-one-out"
-    note = f"{file} has no column timestamp: the order of its rows is taken as the order in time"
+    note = f"{file} has no column timestamp: file order is taken as time order"
     return Source(file.stem, protocol, files, reader, (note,))
 
 
@@ -164,7 +165,7 @@ def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names if (folder / name).exists())
 
 
-FINDERS = {  # by --dataset: the folder of the data -> Source
+FINDERS = {  # --dataset -> function of data_dir that returns its Source
     None: _find_any,
     "ml-1m": _find_ml_1m,
     "ml-1m-sasrec": _find_sasrec,
@@ -175,7 +176,7 @@ FINDERS = {  # by --dataset: the folder of the data -> Source
 
 
 def read_dataset(source: Source) -> RawData:
-    """Read the files of `source`; UserError names the file and line of the first bad row."""
+    """Read the files of `source`. Raises UserError with the file and line of the first bad row."""
     data = READERS[source.reader](source.files)
     if data.interactions.empty:
         raise UserError(f"{source.files[0]} is empty: it holds no interactions")

@@ -1,18 +1,19 @@
-"""Where the time of a training step goes, how far it is from the machine's limit, and how costs grow.
+"""Profile a training step: time per phase, distance from the machine's limit, memory, and growth with size.
 
     pip install -r requirements-dev.txt
     python scripts/bench/costs.py --out=costs.json --plot=costs.png
 
-phases      milliseconds of each phase of a step
-operators   a full step by kind of work, and what its matrix products would take alone: the machine's limit
-memory      peak MiB of a softmax loss with its gradients: in chunks, and all logits at once
+phases      milliseconds per phase of a step
+operators   share of each kind of work in a step, and the machine's limit, its matrix products alone
+memory      peak MiB of a softmax loss with its gradients, in chunks and with all logits at once
 blocks      milliseconds and peak MiB of one block over 12,000 tokens, forward and backward
-growth      milliseconds of a step by length, width, depth and catalogue; seconds to rank users
-launches    trained tokens/s of one and two ranks; a large catalogue, started as peers.py does
+growth      milliseconds per step by length, width, depth and catalogue; seconds to rank users
+launches    trained tokens/s of one and two processes, and a large catalogue, started as in peers.py
 
-One process on made-up sequences, so nothing is downloaded; `--threads=1` is what a rank of torchrun has.
-The limit of a step is the time of its matrix products alone: each product that the profiler saw is timed
-again as a plain torch.mm (torch.bmm for attention, of which a causal kernel needs half) of the same shapes.
+Sequences are synthetic, so nothing is downloaded. All parts but launches run in this process, or a child of
+it, on the CPU; --threads=1 is what a process of torchrun has. For the limit, each matrix product that the
+profiler records is timed again as a plain torch.mm (torch.bmm for attention, of which a causal kernel needs
+half) of the same shapes. Peak memory is read from /proc: Linux only.
 """
 
 import multiprocessing
@@ -45,10 +46,10 @@ from reclm.nn import hstu
 from reclm.nn.losses import softmax
 from reclm.run.process import keep_freed_memory
 
-ML_1M = {"users": 6040, "items": 3416, "length": 165}  # the size of MovieLens-1M
-# Of a batch of 128, what each of two ranks trains on.
+ML_1M = {"users": 6040, "items": 3416, "length": 165}  # about the size of MovieLens-1M
+# The share of each of two processes in a batch of 128.
 HALF = {"loss": "softmax", "exclude_history": False, "batch_size": 64, "lr": 1e-3, "device": "cpu"}
-KINDS = {  # kind of work: parts of the names of its operators; the first kind that fits
+KINDS = {  # kind of work: parts of operator names; the first kind that matches counts
     "matrix products": ["mm"],
     "attention": ["attention"],
     "softmax": ["exp", "amax", "log"],
@@ -60,7 +61,7 @@ LOSS_SIZES = [(3_200, 3_416), (12_800, 3_416), (51_200, 3_416), (3_200, 50_000),
 
 
 def made_up(users: int, items: int, length: int) -> Dataset:
-    """Sequences of `length` +- half of it over a catalogue in which every item occurs where there is room."""
+    """Synthetic sequences of `length` +- 50 % each; every item occurs if there are enough rows."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(max(3, length // 2), 3 * length // 2 + 1, users)
     rows = lengths.sum()
@@ -73,12 +74,14 @@ def made_up(users: int, items: int, length: int) -> Dataset:
 
 
 def new_run(cfg: Config, dataset: Dataset) -> program.Run:
+    """A run with a fresh model in training mode."""
     run = program.Run(cfg, dataset, program.build_model(cfg, dataset))
     run.model.train()
     return run
 
 
 def half_run(dataset: Dataset, **said) -> program.Run:
+    """A run with the settings HALF, updated by `said`."""
     return new_run(build_config(HALF | said), dataset)
 
 
@@ -91,9 +94,9 @@ def step(run: program.Run, batch: tuple) -> None:
 
 
 def phases(run: program.Run, steps: int = 24) -> dict:
-    """Milliseconds of each phase of a step, over the first batches of an epoch."""
+    """{"tokens_per_s", "ms": {phase: milliseconds per step}}, averaged over the first `steps` batches."""
     model, total = run.model, defaultdict(float)
-    for count in (2, steps):  # the first two are not counted
+    for count in (2, steps):  # a warm-up of two steps, not counted
         total.clear()
         tokens, mark = 0, time.perf_counter()
 
@@ -109,7 +112,7 @@ def phases(run: program.Run, steps: int = 24) -> dict:
             lap("blocks, forward")
             real = batch["targets"] != 0
             loss = softmax(hidden[real], model.item_table(), batch["targets"][real])
-            lap("loss and its gradient")  # both in one pass
+            lap("loss and its gradient")  # one pass computes both
             (loss / num_targets).backward()
             lap("blocks, backward")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,8 +124,9 @@ def phases(run: program.Run, steps: int = 24) -> dict:
 
 
 def operators(run: program.Run, steps: int = 5) -> dict:
-    """Shares of a step by kind of work, and its efficiency: time of its plain matrix products / its time."""
-    batch = max(run.batches.epoch(0), key=lambda batch: batch[2])  # the same in all steps: no new memory
+    """Shares of a step by kind of work, its milliseconds and GFLOP/s, and its efficiency: the time of its
+    matrix products alone, divided by the time of the step."""
+    batch = max(run.batches.epoch(0), key=lambda batch: batch[2])  # the same in all steps, so no new memory
     [plain] = seconds([lambda: step(run, batch)], 2 * steps)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(steps):
@@ -150,7 +154,7 @@ def operators(run: program.Run, steps: int = 5) -> dict:
 
 
 def matrix_products(name: str, shapes: list) -> list[tuple[list, list, float]]:
-    """The products inside an operator of the profile: shapes of the factors, how often each is needed."""
+    """The matrix products of a profiled operator: (shape of the left factor, of the right, times needed)."""
     if name in ("aten::mm", "aten::bmm"):
         return [(*shapes[:2], 1)]
     if name in ("aten::addmm", "aten::addmm_"):
@@ -158,16 +162,16 @@ def matrix_products(name: str, shapes: list) -> list[tuple[list, list, float]]:
     if name.startswith("aten::_scaled_dot_product_flash_attention"):
         *heads, length, width = shapes[0]
         tall, flat, square = [*heads, length, width], [*heads, width, length], [*heads, length, length]
-        # Causal: half. Forward QK' and PV; backward again QK', dO V', and P'dO, dS K, dS'Q.
+        # Causal, so half of each. Forward: QK', PV. Backward: QK' again, dO V', P'dO, dS K, dS'Q.
         of_scores, of_values = (1.0, 1.5) if name.endswith("backward") else (0.5, 0.5)
         return [(tall, flat, of_scores), (square, tall, of_values)]
     return []
 
 
 def growth() -> dict:
-    """{what grows: {value: milliseconds of a step, or seconds}}; all else as in MovieLens-1M."""
+    """{quantity: {value: milliseconds per step, or seconds}}; the other sizes are near MovieLens-1M's."""
     lengths, catalogues = (50, 100, 200, 400, 1000), (3_000, 30_000, 100_000)
-    cases = {  # what grows: {value: (size of the data, settings)}
+    cases = {  # quantity: {value: (size of the data, settings)}
         "T (12,800 tokens per step)": {
             t: ({"users": 1024, "length": 2 * t + 4}, {"max_len": t, "batch_size": 12_800 // t})
             for t in lengths
@@ -190,7 +194,8 @@ def growth() -> dict:
 
 
 def step_ms(size: dict, said: dict) -> float:
-    small = ML_1M | {"users": 512, "length": 400}  # every sequence longer than max_len
+    """Milliseconds per training step on synthetic data of this size, with these settings."""
+    small = ML_1M | {"users": 512, "length": 400}  # (nearly) all sequences fill max_len
     run = half_run(made_up(**small | size), **said)
     batches = cycle(islice(run.batches.epoch(0), 2))
     [taken] = seconds([lambda: step(run, next(batches))], 3)
@@ -198,6 +203,7 @@ def step_ms(size: dict, said: dict) -> float:
 
 
 def ranking_seconds(users: int) -> float:
+    """Seconds to rank all items for `users` users with short histories."""
     run = half_run(made_up(users, 3_416, 20))
     begin = time.perf_counter()
     evaluate(run.model, run.dataset, "test", run.cfg.eval)
@@ -205,22 +211,22 @@ def ranking_seconds(users: int) -> float:
 
 
 def alone(work: Callable, *inputs):
-    """work(*inputs) in a process of its own, whose peak of memory is that of the work."""
+    """work(*inputs) in a new process, so that peak memory is that of the work."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, inputs)
 
 
 def whole_softmax(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """All logits at once."""
+    """The sum of the softmax loss, computed with all logits at once."""
     return F.cross_entropy(hidden @ table[1:].T, targets - 1, reduction="sum")
 
 
 def peak_of_loss(loss: Callable, positions: int, items: int) -> float:
-    """Peak MiB that a softmax loss and its gradients take."""
+    """Peak MiB of a softmax loss and its gradients, at width 64."""
     hidden = torch.randn(positions, 64, requires_grad=True)
     table = torch.randn(items + 1, 64, requires_grad=True)
     targets = torch.randint(1, items + 1, (positions,))
-    loss(hidden[:300], table[:300], targets[:300] % 299 + 1).backward()  # load code
+    loss(hidden[:300], table[:300], targets[:300] % 299 + 1).backward()  # warm up: loads code
     hidden.grad = table.grad = None
     before = measure.own_peak()
     loss(hidden, table, targets).backward()
@@ -228,6 +234,7 @@ def peak_of_loss(loss: Callable, positions: int, items: int) -> float:
 
 
 def memory() -> list[dict]:
+    """Peak MiB of both softmax losses, one row per size of LOSS_SIZES."""
     return [
         {
             "positions": positions,
@@ -240,7 +247,7 @@ def memory() -> list[dict]:
 
 
 def block_costs() -> list[dict]:
-    """By length: both kinds of block, and HSTU with all scores at once."""
+    """Costs of both kinds of block, and of HSTU with all scores at once, one row per length and kind."""
     rows = []
     for length in (200, 1000, 4000):
         for kind in ("llama", "hstu", "hstu, all scores at once"):
@@ -250,7 +257,7 @@ def block_costs() -> list[dict]:
 
 
 def cost_of_block(kind: str, length: int) -> tuple[float, float]:
-    """(milliseconds, peak MiB)"""
+    """(milliseconds, peak MiB) of one block over 12,000 tokens, forward and backward."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if "at once" in kind:
@@ -266,7 +273,7 @@ def cost_of_block(kind: str, length: int) -> tuple[float, float]:
 
 
 def launches(items: int) -> dict:
-    """In processes of their own, as peers.py starts them: 2 ranks against 1, and a large catalogue."""
+    """Two processes against one, and a catalogue of `items` items, launched as in peers.py."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         usual, large = work / "usual.csv", work / "large.csv"
@@ -289,7 +296,7 @@ def launches(items: int) -> dict:
 
 
 def plot(costs: dict, path: Path) -> None:
-    """One picture: the phases and kinds of work as bars, and how a step grows."""
+    """Write a figure to `path`: phases and kinds of work as bars, and the growth of a step as lines."""
     figure, (*bars, lines) = plt.subplots(1, 3, figsize=(17, 4.2), layout="constrained")
     shares = {name: 100 * share for name, share in costs["operators"]["shares"].items()}
     parts = {"a step by phase, ms": costs["phases"]["ms"], "a step by kind of work, %": shares}
@@ -310,9 +317,11 @@ def plot(costs: dict, path: Path) -> None:
 
 def main() -> None:
     parser = measure.arguments(__doc__, "costs.json")
-    parser.add_argument("--plot", type=measure.new_file, default="costs.png")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--items", type=int, default=1_000_000, help="of the large catalogue")
+    parser.add_argument("--plot", type=measure.new_file, default="costs.png", help="figure; must not exist")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch [default: %(default)s]")
+    parser.add_argument(
+        "--items", type=int, default=1_000_000, help="items of the large catalogue [default: 1,000,000]"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()

@@ -1,19 +1,18 @@
-"""What a ranker (--task=ctr) costs: to rank many candidates, and to train, beside the same done one by one.
+"""Measure a CTR model: ranking many candidates per user, and training, shared history against one by one.
 
     pip install -r requirements-dev.txt
     python scripts/bench/ctr.py --out=ctr.json
     python scripts/bench/ctr.py --out=large.json --dim=128 --n_layers=4 --n_heads=4 --only=ranking
 
-ranking    milliseconds for C candidates of each user, made up, after a history of max_len: the history worked
-           through once for all of them, or anew for each. The latter is measured for a few and multiplied.
-           And how the time for the most candidates depends on how many of them are ranked at once.
-training   impressions per second, forward, backward and optimizer, of real batches: a sequence with a loss at
-           each of its candidates, or each impression a row of its own, with the part of that sequence that is
-           its history. Both are the same model on the same impressions and take a step after the same ones;
-           rows go in parts of --row_batch, sorted by length.
+ranking    milliseconds for C synthetic candidates per user after a history of max_len. The history is encoded
+           once for all candidates, or again for each (extrapolated from 10 candidates). Also the time for
+           the largest C by the number of candidates that are ranked at once.
+training   impressions per second on real batches, forward, backward and optimizer: sequences with a loss at
+           each of their candidates, or one row per impression with its own history. Both train the same model
+           with the same impressions per step; rows are sorted by length and go in parts of --row_batch.
 
-One process on the CPU; `--threads=1` is what a rank of torchrun has. Rounds alternate between all that is
-compared; times are medians. All flags of main.py that name data, model and training count.
+Runs in one process on the CPU; --threads=1 is what a process of torchrun has. Rounds alternate between the
+variants; times are medians. The flags of main.py for data, model and training apply.
 """
 
 import argparse
@@ -36,12 +35,12 @@ from reclm.data.features import choose_inputs
 from reclm.flags import parse_args
 from reclm.run.process import keep_freed_memory
 
-ONE_BY_ONE = 10  # candidates that are measured with a history anew for each
-NUM_ITEMS, NUM_ACTIONS = 10_000, 5  # made up
+ONE_BY_ONE = 10  # candidates measured with the history encoded again for each
+NUM_ITEMS, NUM_ACTIONS = 10_000, 5  # of the synthetic data
 
 
 def made_up_batch(cfg: ModelConfig, users: int, candidates: int) -> dict[str, Tensor]:
-    """Full histories, and candidates after all of them."""
+    """A batch of synthetic histories of max_len actions, each followed by `candidates` candidates."""
     rng = torch.Generator().manual_seed(0)
 
     def draw(width: int, high: int) -> Tensor:
@@ -64,15 +63,15 @@ def made_up_batch(cfg: ModelConfig, users: int, candidates: int) -> dict[str, Te
 
 
 def some(batch: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    """A batch with some of its candidates."""
+    """The batch with only this slice of its candidates."""
     of_candidates = ("candidate_ids", "history_lengths", "candidate_times")
     return {name: x[:, part] if name in of_candidates else x for name, x in batch.items()}
 
 
 @torch.inference_mode()
 def ranking(cfg: Config, users: int, counts: list[int], sizes: list[int], rounds: int) -> dict:
-    """Milliseconds to rank each number of candidates of each user, and the most of them by how many are
-    ranked at once."""
+    """Milliseconds to rank each number of candidates per user (`counts`), and the largest by the number that
+    is ranked at once (`sizes`)."""
     torch.manual_seed(cfg.train.seed)
     vocabulary = Vocabulary(NUM_ITEMS, users, code_sizes={"actions": NUM_ACTIONS})
     model = spine.SequenceRecommender(cfg.model, cfg.loss, vocabulary).eval()
@@ -116,20 +115,21 @@ def ranking(cfg: Config, users: int, counts: list[int], sizes: list[int], rounds
 
 
 def one_by_one(dataset: Dataset, max_len: int) -> data.Impressions:
-    """The training impressions, each a sequence of its own."""
+    """The training impressions, one sequence per impression."""
     with mock.patch.object(data, "MAX_CANDIDATES", 1):
         return data.Impressions(dataset, max_len)
 
 
 def row_batches(single: data.Impressions, rows: np.ndarray, size: int) -> list[dict[str, Tensor]]:
-    """These rows of the data set in parts of `size`, the longest first."""
+    """These rows of the dataset as batches of `size`, longest histories first."""
     places = np.searchsorted(single.rows, rows)
     order = places[np.argsort(-single.lengths[places], kind="stable")]
     return [single.build(order[first : first + size]) for first in range(0, len(order), size)]
 
 
 def training(cfg: Config, num_batches: int, row_batch: int, rounds: int) -> dict:
-    """Impressions per second in both forms, of the first batches of an epoch. Raises UserError."""
+    """Impressions per second of both forms over the first `num_batches` steps of an epoch. Raises UserError
+    if the data cannot be used."""
     dataset = choose_inputs(data.load_dataset(cfg.data, cfg.model.task), cfg)
     run, single = new_run(cfg, dataset), one_by_one(dataset, cfg.model.max_len)
     sequences, rows = list(islice(run.batches.epoch(0), num_batches)), []
@@ -154,19 +154,24 @@ def training(cfg: Config, num_batches: int, row_batch: int, rounds: int) -> dict
 
 
 def numbers(text: str) -> list[int]:
+    """Argument type: comma-separated integers."""
     return [int(part) for part in text.split(",")]
 
 
 def read_args() -> tuple[argparse.Namespace, Config]:
     parser = measure.arguments(__doc__, "ctr.json")
-    parser.add_argument("--only", choices=["ranking", "training"], help="not given: both")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--users", type=int, default=8, help="in a batch to rank")
-    parser.add_argument("--candidates", type=numbers, default=[1, 10, 100, 1_000, 10_000])
-    parser.add_argument("--at_once", type=numbers, default=[16, 64, 128, 256, 1_000])
-    parser.add_argument("--batches", type=int, default=2, help="steps that are timed together")
-    parser.add_argument("--row_batch", type=int, default=256, help="rows in a part of a step")
+    parser.add_argument("--only", choices=["ranking", "training"], help="one part [default: both]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds [default: %(default)s]")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch [default: %(default)s]")
+    parser.add_argument("--users", type=int, default=8, help="users per batch to rank [default: %(default)s]")
+    parser.add_argument(
+        "--candidates", type=numbers, default=[1, 10, 100, 1_000, 10_000], help="candidates per user"
+    )
+    parser.add_argument(
+        "--at_once", type=numbers, default=[16, 64, 128, 256, 1_000], help="candidates ranked at once"
+    )
+    parser.add_argument("--batches", type=int, default=2, help="steps timed together [default: %(default)s]")
+    parser.add_argument("--row_batch", type=int, default=256, help="rows per pass [default: %(default)s]")
     args, flags = parser.parse_known_args()
     return args, build_config(parse_args(flags) | {"task": "ctr", "device": "cpu"})
 

@@ -1,19 +1,19 @@
-"""Time and memory of training, this checkout against another one, in turns on the same machine.
+"""Compare time and memory of training in this checkout and another one, alternating on the same machine.
 
     git worktree add ../before COMMIT
     python scripts/bench/pair.py --before=../before --config=configs/ctr_time.yaml --num_epochs=1
     python scripts/bench/pair.py --before=../before --items=1000000 --loss=sampled_softmax --num_epochs=1
 
-All flags but those of --help go to main.py, which runs in its own checkout: relative paths are taken from
-there, but for the folder of the data ($RECLM_DATA, else data/), which is the same for both. Nothing but the
-command line of main.py and its metrics.jsonl is used, so any two versions can be compared.
+training, s     seconds per epoch, without start-up and preparation; of several, the mean of all but the first
+evaluation, s   seconds per validation, likewise
+memory, GiB     peak resident memory of all processes; shared pages count in each process
 
-training, s     an epoch, without start-up and preparation; of several, the mean of all but the first
-evaluation, s   the validation after it, likewise
-memory, GiB     peak resident memory of all processes; pages that they share count in each of them
+The table shows medians over the rounds, with the range. With --items the data are synthetic: every item
+occurs, so that the item table has its full size, but only --users users are trained on and ranked.
 
-Medians over the rounds, with the range. Made-up data (--items): every item occurs, so that the table of items
-has its full size, but only --users are trained on and ranked.
+All flags not listed below go to main.py, which runs in its own checkout: relative paths are resolved there,
+except the data folder ($RECLM_DATA, else data/), which both share. Only the command line of main.py and its
+metrics.jsonl are used, so any two versions with these can be compared.
 """
 
 import argparse
@@ -34,24 +34,24 @@ HERE = Path(__file__).resolve().parents[2]
 
 def read_args() -> tuple[argparse.Namespace, list[str]]:
     parser = arguments(__doc__, "pair.json")
-    parser.add_argument("--before", type=Path, required=True, help="the other checkout")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", type=Path, required=True, help="the other checkout, with a main.py")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per checkout [default: %(default)s]")
     parser.add_argument(
-        "--processes", type=int, default=2, help="of torchrun, one thread each; 1: without it"
+        "--processes", type=int, default=2, help="of torchrun, one thread each; 1 = no torchrun"
     )
-    parser.add_argument("--items", type=int, help="train on made-up data with a catalogue of this size")
-    parser.add_argument("--users", type=int, default=256, help="of the made-up data")
+    parser.add_argument("--items", type=int, help="train on synthetic data with this many items")
+    parser.add_argument("--users", type=int, default=256, help="users in the synthetic data [default: 256]")
     args, flags = parser.parse_known_args()
     if not (args.before / "main.py").is_file():
-        raise UserError(f"--before={args.before} has no main.py: name another checkout")
+        raise UserError(f"--before={args.before} has no main.py: name a checkout")
     if min(args.rounds, args.processes, args.users) < 1:
-        raise UserError("--rounds, --processes and --users are at least 1")
+        raise UserError("--rounds, --processes and --users must be at least 1")
     return args, flags
 
 
 def write_made_up(path: Path, items: int, users: int) -> None:
-    """Users with 20 to 200 actions, and for each item that they leave out someone who did nothing else: one
-    action alone is neither trained on nor ranked."""
+    """Write a CSV of users with 20 to 200 actions each, plus one single-action user per item that none of
+    them chose: a single action is neither trained on nor ranked."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 201, users)
     chosen = rng.integers(0, items, lengths.sum())
@@ -61,7 +61,7 @@ def write_made_up(path: Path, items: int, users: int) -> None:
 
 
 def train(checkout: Path, flags: list[str], processes: int, cache: Path) -> dict[str, float]:
-    """One run of main.py in processes of its own."""
+    """Run main.py once in its own processes -> {column of the table: value}. Raises UserError if it fails."""
     env = {"OMP_NUM_THREADS": "1", "RECLM_CACHE": str(cache)}
     env["RECLM_DATA"] = str(Path(os.environ.get("RECLM_DATA", "data")).resolve())
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +77,7 @@ def train(checkout: Path, flags: list[str], processes: int, cache: Path) -> dict
 
 
 def commit(checkout: Path) -> str:
+    """The commit of a checkout, 12 digits or more, with "-dirty" if it has changes; "unknown" without git."""
     git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 

@@ -1,17 +1,18 @@
-"""Speed beside other tools: the same interactions, sizes, loss, batch and number of threads, in one run.
+"""Compare training and ranking speed with other libraries, at equal data, sizes, loss, batch and threads.
 
     pip install -r requirements-dev.txt
     python scripts/bench/peers.py --peers=recbole,rectools --data_dir=data --out=peers.json
 
 Every tool reads the same interactions, trains SASRec-sized blocks (d = 64, 2 blocks, 2 heads, length 200,
-batch 128, full softmax) and ranks all items for all users. Peers run in virtual environments of their own,
-made here on first use, with their fast options (scripts/bench/run_*.py say which). Rounds alternate between
-the tools; the table shows medians, with the range. --model_name=hstu: HSTU blocks, beside those of RecTools.
+batch 128, full softmax) and ranks all items for all users on the CPU. Peers run in their own virtual
+environments, created on first use (needs network), with their fast options (see scripts/bench/run_*.py).
+Rounds alternate between the tools; the table shows medians, with the range. --model_name=hstu compares HSTU
+blocks with those of RecTools.
 
-trained tokens/s   positions that the loss is taken at. An epoch of every tool trains the same ones.
-positions/s        real positions (no padding) that go through the blocks. RecBole trains one target per row
-                   and feeds all of its history again for the next one: 119 positions per trained token.
-epoch, s           seconds of a whole epoch: measured (ours), or from the timed steps (peers)
+trained tokens/s   positions with a loss, per second. An epoch of every tool trains the same ones.
+positions/s        real positions (no padding) that go through the blocks, per second. RecBole trains one
+                   target per row and feeds its history again for the next: 119 positions per trained token.
+epoch, s           seconds per epoch: measured (ours), or extrapolated from the timed steps (peers)
 users/s            full ranking, top 10, seen items left out
 preparation, s     raw file to first step, imports not counted, without any cache from an earlier run
 memory, GiB        peak resident memory of all processes of a tool
@@ -32,7 +33,7 @@ from reclm.config import DataConfig
 from reclm.errors import UserError
 
 TORCH = "torch==2.13.0"
-OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that RecBole works with
+OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that work with RecBole
 PACKAGES = {
     "recbole": ["recbole==1.2.1", TORCH, *OLD],
     "rectools": ["rectools[torch]==0.19.0", TORCH],
@@ -44,7 +45,7 @@ SPEC = SIZES | TRAINING | {"threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0
 
 
 def columns(row: dict) -> dict[str, float]:
-    """What is shown of a measurement, see above."""
+    """The columns of the table (see the module docstring) of one measurement."""
     return {
         "trained tokens/s": row["targets"] / row["train_seconds"],
         "positions/s": row["positions"] / row["train_seconds"],
@@ -58,26 +59,32 @@ def columns(row: dict) -> dict[str, float]:
 def read_args() -> argparse.Namespace:
     parser = arguments(__doc__, "peers.json")
     parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
-    parser.add_argument("--data_dir", help="as for main.py")
-    parser.add_argument("--dataset", help="as for main.py")
-    parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="blocks of ours")
+    parser.add_argument("--data_dir", help="folder of the data, as for main.py")
+    parser.add_argument("--dataset", help="dataset, as for main.py")
+    parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="kind of our blocks")
     parser.add_argument("--rounds", type=int, default=3, help="of all tools in turn")
-    parser.add_argument("--steps", type=int, default=24, help="timed steps of a peer; ours runs whole epochs")
-    parser.add_argument("--time_to", type=float, default=0.15, help="seconds to this valid NDCG@10; 0 = no")
-    parser.add_argument("--time_limit", type=float, default=480.0, help="seconds a tool may take for that")
-    parser.add_argument("--venvs", default=str(Path.home() / ".cache" / "reclm" / "bench"))
+    parser.add_argument("--steps", type=int, default=24, help="timed steps per peer; ours runs whole epochs")
+    parser.add_argument(
+        "--time_to", type=float, default=0.15, help="also time until this valid NDCG@10; 0 = off"
+    )
+    parser.add_argument("--time_limit", type=float, default=480.0, help="seconds per tool for --time_to")
+    parser.add_argument(
+        "--venvs",
+        default=str(Path.home() / ".cache" / "reclm" / "bench"),
+        help="folder for the peers' environments",
+    )
     args = parser.parse_args()
     args.peers = [name for name in args.peers.split(",") if name]
     unknown = [name for name in args.peers if name not in PACKAGES]
     if unknown or args.rounds < 1 or args.steps < 1:
-        raise UserError(f"--peers knows {', '.join(PACKAGES)}; --rounds and --steps are at least 1")
+        raise UserError(f"--peers must be of {', '.join(PACKAGES)}; --rounds and --steps at least 1")
     if args.model_name == "hstu" and args.peers not in ([], ["rectools"]):
         raise UserError("only RecTools has HSTU blocks: use --peers=rectools with --model_name=hstu")
     return args
 
 
 def make_venv(folder: Path, packages: list[str]) -> Path:
-    """The Python of a peer's environment, which is made where it is missing."""
+    """The Python of a peer's virtual environment, created if missing. Raises UserError if pip fails."""
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.is_file():
         say(f"installing {packages[0]} into {folder} ...")
@@ -92,7 +99,8 @@ def make_venv(folder: Path, packages: list[str]) -> Path:
 
 
 def write_interactions(args: argparse.Namespace, work: Path) -> dict:
-    """The same rows as CSV and as RecBole's .inter; a timestamp is the place in the user's sequence."""
+    """Write the dataset as CSV and as RecBole's .inter -> {"csv": path, "inter": path}. The timestamp of a
+    row is its position in the user's sequence."""
     dataset = load_dataset(DataConfig(dataset=args.dataset, data_dir=args.data_dir))
     csv, inter = work / "interactions.csv", work / "bench" / "bench.inter"
     inter.parent.mkdir()
@@ -105,7 +113,8 @@ def write_interactions(args: argparse.Namespace, work: Path) -> dict:
 
 
 def run_tool(tool: str, pythons: dict, spec: dict, work: Path) -> dict:
-    """One measurement in processes of its own, which have the same number of threads in all."""
+    """Run one measurement in its own processes, with spec["threads"] threads in total -> the result of
+    scripts/bench/run_<tool>.py and the peak memory. Raises UserError if it fails."""
     result, file, cache = work / "result.json", work / "spec.json", work / "cache"
     result.unlink(missing_ok=True)
     shutil.rmtree(cache, ignore_errors=True)
@@ -125,6 +134,7 @@ def results_of(rounds: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def describe_time_to(score: float, reached: dict) -> str:
+    """A Markdown table of the seconds per tool until validation NDCG@10 reaches `score`."""
     title = f"from the raw file to validation NDCG@10 {score}, ours with the default recipe"
     return table(
         {title: tool, "s": row["reached_seconds"] or f"not in {row['seconds']:.0f}", "best": row["best"]}

@@ -1,12 +1,12 @@
-"""One measurement of Toy-RecLM through its own epoch loop; started by scripts/bench/peers.py."""
+"""Measure Toy-RecLM once, through its own epoch loop. Started by scripts/bench/peers.py."""
 
 import json
 import sys
 import time
 from pathlib import Path
 
-import measure  # noqa: F401  finds the spine
-import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
+import measure  # noqa: F401  puts the spine on sys.path
+import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 
 import main as program
 from data import load_dataset
@@ -16,16 +16,17 @@ from reclm.run import dist
 
 
 def settings(spec: dict) -> dict:
-    """The sizes of the comparison, or for the time to a score simply our defaults."""
+    """The sizes of the comparison, or our defaults when timing to a score."""
     said = {"dataset": spec["csv"], "device": "cpu", "model_name": spec["model_name"]}
     if spec["time_to"]:
         return said
-    return spec | said | {"exclude_history": False}  # no peer leaves it out of the loss
+    return spec | said | {"exclude_history": False}  # no peer excludes the history from the loss
 
 
 def ours(spec: dict) -> dict:
+    """One measurement: seconds of each phase and the numbers of targets and users, or the time to a score."""
     begin = time.time()
-    cfg = build_config(settings(spec))  # what the spec holds besides settings does not count
+    cfg = build_config(settings(spec))  # entries of `spec` that are not settings are ignored
     dataset = load_dataset(cfg.data)
     run = program.Run(cfg, dataset, program.build_model(cfg, dataset))
     next(run.batches.epoch(0))
@@ -35,7 +36,7 @@ def ours(spec: dict) -> dict:
     run.open(out_dir)
 
     def train(epoch: int) -> dict:
-        run.progress = program.Progress()  # at the first step of an epoch
+        run.progress = program.Progress()  # start of an epoch
         return program.train_epoch(run, epoch)
 
     if spec["time_to"]:

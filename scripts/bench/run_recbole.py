@@ -1,4 +1,4 @@
-"""One measurement of RecBole's SASRec; started by scripts/bench/peers.py in RecBole's own environment."""
+"""Measure RecBole's SASRec once. Started by scripts/bench/peers.py in RecBole's own environment."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
+import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.model.sequential_recommender import SASRec
@@ -15,11 +15,11 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
 WARMUP_STEPS = 2
-VALIDATE_EVERY = 500  # steps; an epoch of RecBole is thousands, as every prefix of a sequence is a row
+VALIDATE_EVERY = 500  # steps; an epoch has thousands, as every prefix of a sequence is a row
 
 
 class Steps:
-    """Some steps of a loader, counted; what RecBole's own epoch loop asks of one."""
+    """The first `count` batches of a loader, timed and counted, as RecBole's epoch loop expects them."""
 
     shuffle = False
 
@@ -36,7 +36,7 @@ class Steps:
 
 
 def settings(spec: dict) -> dict:
-    """Sizes of the comparison; the rest is what RecBole advises: CE loss, full ranking, leave one out."""
+    """Sizes of the comparison; otherwise RecBole's recommendations: CE loss, full ranking, leave-one-out."""
     return {
         "data_path": str(Path(spec["inter"]).parent.parent),
         "checkpoint_dir": str(Path(spec["result"]).parent),
@@ -54,9 +54,10 @@ def settings(spec: dict) -> dict:
 
 
 def main(spec: dict) -> dict:
+    """One measurement: seconds of each phase and the numbers of targets and users, or the time to a score."""
     torch.set_num_threads(spec["threads"])
     begin = time.time()
-    sys.argv = sys.argv[:1]  # RecBole reads the command line too
+    sys.argv = sys.argv[:1]  # RecBole also parses the command line
     config = Config(model="SASRec", dataset=Path(spec["inter"]).stem, config_dict=settings(spec))
     init_seed(config["seed"], config["reproducibility"])
     train_data, valid_data, test_data = data_preparation(config, create_dataset(config))

@@ -1,4 +1,4 @@
-"""One measurement of RecTools' SASRec or HSTU; started by scripts/bench/peers.py in its own environment."""
+"""Measure RecTools' SASRec or HSTU once. Started by scripts/bench/peers.py in RecTools' own environment."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
+import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 from pytorch_lightning import Callback, Trainer
 from rectools.dataset import Dataset
 from rectools.models import HSTUModel, SASRecModel
@@ -21,7 +21,7 @@ WARMUP_STEPS = 2
 
 
 class StepClock(Callback):
-    """When steps ended, and how many tokens they had (a token here has exactly one target)."""
+    """Records when each step ended and its number of tokens (every token has exactly one target)."""
 
     def __init__(self):
         self.first_start, self.ends, self.tokens = None, [], []
@@ -35,9 +35,9 @@ class StepClock(Callback):
 
 
 def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel | HSTUModel:
-    """The library's own defaults but for sizes, batch and rate; features other than ids switched off."""
+    """The library's defaults except sizes, batch and learning rate; no features besides ids."""
 
-    def trainer() -> Trainer:  # no logger, no checkpoints, no progress bar: nothing but training
+    def trainer() -> Trainer:  # no logger, checkpoints or progress bar: training only
         return Trainer(
             max_epochs=1, limit_train_batches=max_steps, accelerator="cpu", devices=1, callbacks=[clock],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -54,17 +54,19 @@ def build(spec: dict, clock: StepClock, max_steps: int | float) -> SASRecModel |
 
 
 def recommend(model, dataset: Dataset, asked: pd.DataFrame) -> pd.DataFrame:
-    """Ten items for each user of `asked`, whose times HSTU wants to know."""
+    """Ten unseen items per user of `asked`, which also gives the request times that HSTU needs."""
     context = asked[["user_id", "datetime"]] if model.require_recommend_context else None
     return model.recommend(asked["user_id"].to_numpy(), dataset, k=10, filter_viewed=True, context=context)
 
 
 def ndcg_at_10(recommended: pd.DataFrame, targets: pd.DataFrame) -> float:
+    """NDCG@10 with one target per user."""
     hits = recommended.merge(targets, on=["user_id", "item_id"])
     return float((1 / np.log2(1 + hits["rank"])).sum() / len(targets))
 
 
 def main(spec: dict) -> dict:
+    """One measurement: seconds of each phase and the numbers of targets and users, or the time to a score."""
     torch.set_num_threads(spec["threads"])
     begin = time.time()
     table = pd.read_csv(spec["csv"]).rename(columns={"user": "user_id", "item": "item_id"})
@@ -88,7 +90,7 @@ def main(spec: dict) -> dict:
         return {"reached_seconds": reached, "best": score, "seconds": time.time() - begin}
     model = build(spec, clock, max_steps=WARMUP_STEPS + spec["steps"])
     model.fit(dataset)
-    # RecTools trains with a copy of the trainer it was given, callbacks included.
+    # RecTools trains with a copy of the trainer, callbacks included.
     clock = next(part for part in model.fit_trainer.callbacks if isinstance(part, StepClock))
     history = table[from_the_end >= 1]  # known when the test item is predicted
     history = Dataset.construct(history[["user_id", "item_id", "datetime", "weight"]])

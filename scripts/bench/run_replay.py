@@ -1,7 +1,7 @@
-"""One measurement of RePlay's SASRec; started by scripts/bench/peers.py in RePlay's own environment.
+"""Measure RePlay's SASRec once. Started by scripts/bench/peers.py in RePlay's own environment.
 
-The current API (replay.nn) throughout. Its fast options that help on a CPU are on, all of them about padding:
-rows of like length go through the blocks together in training, and columns of nothing but padding are cut.
+Uses the current API (replay.nn) with its fast options for the CPU, all of which reduce padding: in training,
+rows of similar length go through the blocks together, and columns that are all padding are cut.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 import torch
-import torch._dynamo  # noqa: F401  torch's first optimizer imports it: no part of the preparation
+import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 from lightning import Callback, Trainer
 from replay.data import FeatureHint, FeatureType
 from replay.data.nn import ParquetModule, TensorFeatureInfo, TensorSchema
@@ -26,11 +26,11 @@ from replay.nn.transform.template import make_default_sasrec_transforms
 
 warnings.filterwarnings("ignore")
 WARMUP_STEPS = 2
-BUCKET_SIZE = 16  # rows of like length; the fastest of 8, 16, 32 and 64
+BUCKET_SIZE = 16  # rows of similar length; the fastest of 8, 16, 32 and 64
 
 
 class Clock(Callback):
-    """When steps ended, and how many positions and targets they had; how many users were ranked."""
+    """Records when each step ended, its positions and targets, and the number of ranked users."""
 
     def __init__(self):
         self.first_start, self.ends, self.positions, self.targets, self.users = None, [], [], [], 0
@@ -48,7 +48,7 @@ class Clock(Callback):
 
 
 class Goal(Callback):
-    """Ends the training at a validation score, or after the epoch in which the time is up."""
+    """Stops training at a validation score, or after the epoch in which the time limit is reached."""
 
     def __init__(self, begin: float, spec: dict):
         self.begin, self.spec, self.best, self.reached = begin, spec, 0.0, None
@@ -62,20 +62,21 @@ class Goal(Callback):
 
 
 def write_sequences(spec: dict, train: Path, ranked: Path) -> tuple[int, int]:
-    """What is trained on and what is ranked; returns the number of items and the longest history."""
+    """Write the training and the ranking sequences as parquet -> (number of items, longest history)."""
     table = pl.read_csv(spec["csv"]).with_columns(pl.col("item").rank("dense").cast(pl.Int64) - 1)
     users = table.sort("user", "timestamp").group_by("user", maintain_order=True).agg("item")
     item, length = pl.col("item"), pl.col("item").list.len()
     users.select(item.list.head(length - 2)).write_parquet(train)
-    known = length - (2 if spec["time_to"] else 1)  # the target is the item after: validation's or the test's
+    known = length - (2 if spec["time_to"] else 1)  # the next item is the target: validation's or the test's
     history, target = item.list.head(known), item.list.slice(known, 1)
-    # Ordered by length, a batch has little padding and much of it can be cut.
+    # Sorted by length, so that a batch has little padding and columns of it can be cut.
     ordered = users.sort(length).select(history, seen_ids=history, ground_truth=target)
     ordered.write_parquet(ranked)
     return table["item"].n_unique(), ordered["item"].list.len().max()
 
 
 def load(spec: dict) -> tuple[ParquetModule, TensorSchema]:
+    """The data as RePlay's module, with transforms that cut padding, and its schema."""
     folder = Path(spec["result"]).parent
     train, ranked = folder / "train.parquet", folder / "ranked.parquet"
     num_items, longest = write_sequences(spec, train, ranked)
@@ -90,7 +91,7 @@ def load(spec: dict) -> tuple[ParquetModule, TensorSchema]:
         return {name: {"shape": length, "padding": num_items} for name, length in lengths.items()}
 
     metadata = {
-        "train": shapes(item=spec["max_len"] + 1),  # one more: the last is a target only
+        "train": shapes(item=spec["max_len"] + 1),  # one more, because the last is only a target
         "validate": shapes(item=spec["max_len"], seen_ids=longest, ground_truth=1),
     }
     data = ParquetModule(
@@ -101,7 +102,7 @@ def load(spec: dict) -> tuple[ParquetModule, TensorSchema]:
 
 
 def build(spec: dict, schema: TensorSchema) -> LightningModule:
-    """The library's own defaults (cross-entropy over all items is one) but for sizes and rate."""
+    """The library's defaults (cross-entropy over all items is one) except sizes and learning rate."""
     model = SasRec.from_params(
         schema, embedding_dim=spec["dim"], num_heads=spec["n_heads"], num_blocks=spec["n_layers"],
         max_sequence_length=spec["max_len"], dropout=spec["dropout"],
@@ -111,6 +112,7 @@ def build(spec: dict, schema: TensorSchema) -> LightningModule:
 
 
 def main(spec: dict) -> dict:
+    """One measurement: seconds of each phase and the numbers of targets and users, or the time to a score."""
     torch.set_num_threads(spec["threads"])
     begin = time.time()
     data, schema = load(spec)
@@ -118,7 +120,7 @@ def main(spec: dict) -> dict:
     seen = SeenItemsFilter(schema.item_id_features.item().cardinality)
     metrics = ComputeMetricsCallback(["ndcg"], [10], [seen], verbose=False)
 
-    def trainer(watch: Callback, **settings) -> Trainer:  # no logs, no checkpoints: nothing but training
+    def trainer(watch: Callback, **settings) -> Trainer:  # no logs or checkpoints: training only
         return Trainer(
             accelerator="cpu", devices=1, callbacks=[metrics, watch], num_sanity_val_steps=0, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
