@@ -1,24 +1,26 @@
-"""Prepared arrays -> leave-one-out split, or impressions with a split of their own -> batches.
+"""Dataset -> batches: leave-one-out sequences (--task=matching) or split impressions (--task=ctr).
 
-A batch is a dict of tensors, the only thing the model knows of the data:
+A batch is a dict of tensors, all that the model knows of the data:
     item_ids   (B, T) int64   the history, oldest first, padded with 0 on the right
-    lengths    (B,)   int64   real actions in each row
-    user_ids   (B,)   int64   0-based
-    num_before (B,)   int64   earlier actions of the user that were cut off
-    timestamps, next_timestamps (B, T) float64 seconds of each action and of the one after it, which is the
-                              one to predict; only where the data have them
-    profiles   (B, P) int64   codes of the fields of the user's profile, where they are asked for
-    actions, contexts (B, T) int64   codes of each action (Dataset.codes), where they are asked for or known
+    lengths    (B,)   int64   number of actions per row
+    user_ids   (B,)   int64   from 0
+    num_before (B,)   int64   earlier actions of the user, cut off by max_len
+    timestamps, next_timestamps (B, T) float64   seconds since 1970 of each action and of the one after it;
+                              missing where the data have no times
+    profiles   (B, P) int64   one code per profile field; with --profile_tokens
+    actions, contexts (B, T) int64   one code per action; with --action_embedding; with a column `context`
   in training also
-    targets    (B, T) int64   the next item at each position, 0 where there is none or it is negative feedback
-    negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn for each position
-  and, in evaluation and where --exclude_history asks for it,
+    targets    (B, T) int64   the item after each position; 0 if there is none or it is negative feedback
+    negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn per position
+  in evaluation also
+    target_ids (B,)   int64   the held-out item
+  in evaluation, and in training with shared negatives and --exclude_history
     seen_items (B, L) int64   the whole history (in training: its training part), padded with 0
-  and with --task=ctr, in place of the last three, C candidates shown to the user of each history
+  with --task=ctr, in place of these four, C candidates per history
     candidate_ids, candidate_times, candidate_contexts (B, C)   as above
-    history_lengths (B, C) int64   how many actions of the row are the history of each candidate
-    labels          (B, C) int64   0 or 1, -1 where there is no candidate
-    rows            (B, C) int64   its row in Dataset
+    history_lengths (B, C) int64   how many actions of the row each candidate may attend to
+    labels          (B, C) int64   0 or 1; -1 is padding
+    rows            (B, C) int64   row of the candidate in Dataset
 """
 
 import json
@@ -40,13 +42,14 @@ from reclm.errors import UserError
 from reclm.nn.losses import NEEDS_NO_NEGATIVES
 from reclm.run import dist
 
-HELD_OUT = {"valid": 2, "test": 1}  # the target's place, from the end of a sequence
-MAX_CANDIDATES = 1024  # of a sequence: a batch of them fits into memory
+HELD_OUT = {"valid": 2, "test": 1}  # the target's place, counted from the end of the user's sequence
+MAX_CANDIDATES = 1024  # per sequence, to bound the memory of a batch
 
 
 def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
-    """Find (or download), prepare and cache the data, once, in the main process; the others read the same
-    cache, so they must share its file system. Raises UserError."""
+    """Find or download the data, prepare and cache it, and return it memory-mapped. The main process does the
+    work; the others read its cache, so all need the same file system. Raises UserError where there are no
+    data or they are malformed."""
 
     def find_and_prepare() -> tuple[Source, Path]:
         source = find_dataset(cfg.dataset, cfg.folder)
@@ -61,7 +64,7 @@ def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
 
 
 def pad(array: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-    """(B, width): rows starts : starts + lengths of an array of Dataset, 0 behind the end."""
+    """(B, width): row b holds array[starts[b] : starts[b] + lengths[b]], then zeros."""
     column = np.arange(width)
     real = column < lengths[:, None]  # (B, T)
     rows = np.where(real, starts[:, None] + column, 0)
@@ -71,7 +74,7 @@ def pad(array: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) 
 def histories(
     dataset: Dataset, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int
 ) -> dict:
-    """The fields of a batch that describe histories: rows starts : starts + lengths of `users`."""
+    """The batch fields of one history per user: rows starts : starts + lengths of Dataset, each (B,)."""
     batch = {
         "item_ids": pad(dataset.item_ids, starts, lengths, width),
         "lengths": lengths,
@@ -89,7 +92,7 @@ def histories(
 
 
 def whole_histories(dataset: Dataset, users: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(B, L): the first `lengths` items of each user, 0 behind the end."""
+    """(B, L): the first `lengths` items of each user, then zeros."""
     return pad(dataset.item_ids, dataset.offsets[users], lengths, int(lengths.max()))
 
 
@@ -98,18 +101,18 @@ def to_tensors(batch: dict) -> dict[str, Tensor]:
 
 
 class NextItems:
-    """The sequences that matching trains on: the last `max_len` training actions of each user but the last
-    one as inputs, all but the first as targets. Raises UserError where nothing is left to train on."""
+    """One training sequence per user (--task=matching): of the last max_len + 1 training actions all but the
+    last are inputs, all but the first are targets. Raises UserError if all are negative feedback."""
 
-    outcome, nothing = "targets", 0  # the field of the batch that is learned, and its padding
+    outcome, nothing = "targets", 0  # the batch field that the loss is about, and its padding
 
     def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig):
         self.dataset, self.loss = dataset, loss
-        self.users = np.flatnonzero(dataset.train_lengths >= 2)  # one item gives no next item
+        self.users = np.flatnonzero(dataset.train_lengths >= 2)  # a single action has no next item
         self.lengths = np.minimum(dataset.train_lengths[self.users] - 1, max_len)
         ends = dataset.offsets[self.users] + dataset.train_lengths[self.users]
         self.starts = ends - 1 - self.lengths
-        self.sizes = self.lengths  # what a sequence costs
+        self.sizes = self.lengths  # the cost of a sequence, which batches are sorted by
         is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
         before = np.concatenate([[0], np.cumsum(is_target)])
         self.num_targets = int((before[ends] - before[ends - self.lengths]).sum())
@@ -120,7 +123,8 @@ class NextItems:
     def build(
         self, rows: np.ndarray, width: int | None = None, rng: np.random.Generator | None = None
     ) -> dict[str, Tensor]:
-        """The batch of these sequences; `rng` draws the negatives."""
+        """The batch of the sequences `rows` (B,), padded to `width` [default: the longest]; `rng` draws the
+        negatives."""
         lengths, starts, users = self.lengths[rows], self.starts[rows], self.users[rows]
         width = width or int(lengths.max())
         batch = histories(self.dataset, users, starts, lengths, width)
@@ -135,12 +139,12 @@ class NextItems:
 
 
 class Impressions:
-    """The sequences that ctr trains on or is evaluated on: each user's history, once, with all candidates of
-    one split (C of them) that were shown after a part of it.
+    """Sequences of --task=ctr: a user's history, encoded once, with all impressions of one split as its
+    candidates, each of which attends to the first `history_lengths` of its actions.
 
-    A history longer than `max_len` is cut into windows, each half a window after the one before, so that
-    each candidate is in one of them and sees at least the last max_len / 2 actions before it. More than
-    MAX_CANDIDATES of one window are several sequences."""
+    A history longer than `max_len` is cut into windows that start max_len / 2 actions apart. A candidate
+    belongs to one of them, in which it attends to at least the last max_len / 2 actions of its history. A
+    window with more than MAX_CANDIDATES candidates becomes several sequences."""
 
     outcome, nothing = "labels", -1
 
@@ -155,7 +159,7 @@ class Impressions:
         place = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
         first = np.flatnonzero(place % MAX_CANDIDATES == 0)
         self.users, self.rows, self.first = owner[first], rows, first
-        self.counts = np.diff(first, append=len(rows))  # candidates of each
+        self.counts = np.diff(first, append=len(rows))  # candidates per sequence
         self.skipped = windows[first] * stride  # actions of the user before the window
         self.starts = dataset.offsets[self.users] + self.skipped
         self.lengths = np.maximum.reduceat(dataset.history_lengths[rows], first) - self.skipped
@@ -165,12 +169,12 @@ class Impressions:
     def build(
         self, rows: np.ndarray, width: int | None = None, rng: np.random.Generator | None = None
     ) -> dict[str, Tensor]:
-        """The batch of these sequences; nothing is drawn."""
+        """The batch of the sequences `rows` (B,), like NextItems.build; without negatives `rng` is unused."""
         dataset, lengths, counts = self.dataset, self.lengths[rows], self.counts[rows]
         width = width or max(1, int(lengths.max()))
         batch = histories(dataset, self.users[rows], self.starts[rows], lengths, width)
 
-        # Where a split is no part of time, rows of other splits lie between those of this one.
+        # Indices, not ranges: unless split by time, rows of other splits lie between those of this one.
         candidates = pad(self.rows, self.first[rows], counts, int(counts.max()))  # (B, C)
         real = np.arange(candidates.shape[1]) < counts[:, None]
 
@@ -194,13 +198,14 @@ SEQUENCES = {"matching": NextItems, "ctr": Impressions}  # by task
 
 
 class TrainBatches:
-    """The batches of an epoch. All is a function of (seed, epoch): the order, the composition of every
-    batch, the negatives. It does not depend on the number of processes, each of which takes its rows."""
+    """The training batches of this process. Composition, order and negatives depend on (seed, epoch, step)
+    only: every process builds the same whole batch and takes its share of the rows. Raises UserError if there
+    are more processes than sequences."""
 
     def __init__(self, dataset: Dataset, max_len: int, loss: LossConfig, cfg: TrainConfig):
         self.loss, self.cfg = loss, cfg
         self.sequences = SEQUENCES[dataset.task](dataset, max_len, loss)
-        self.num_targets = self.sequences.num_targets  # in an epoch
+        self.num_targets = self.sequences.num_targets  # per epoch
         if len(self.sequences.sizes) < dist.data_world():
             raise UserError(
                 f"{dist.data_world()} processes, but only {len(self.sequences.sizes)} sequences to train on: "
@@ -208,12 +213,12 @@ class TrainBatches:
             )
 
     def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Optimizer steps per epoch."""
         return -(-len(self.sequences.sizes) // self.cfg.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, list[dict], int]]:
-        """Yield (step, micro-batches of this process, number of targets of ALL processes), from `first_step`
-        on."""
+        """Yield (step, micro-batches of this process, number of targets of ALL processes) per optimizer step,
+        starting at `first_step`."""
         composed = self.compose(np.random.default_rng((self.cfg.seed, epoch)))
         for step in range(first_step, len(composed)):
             rng = np.random.default_rng((self.cfg.seed, epoch, step))
@@ -222,9 +227,10 @@ class TrainBatches:
             yield step, self.split(batch), int(num_targets)
 
     def split(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The rows of a batch that are this process's share, in `grad_accum_steps` parts."""
+        """This process's rows of a batch, cut into at most `grad_accum_steps` micro-batches."""
+        # Every k-th row: rows are sorted by length, so the processes get equal work.
         mine = torch.arange(len(batch["lengths"]))[dist.data_rank() :: dist.data_world()]
-        if not len(mine):  # too small a batch: this process takes part in the step without a target
+        if not len(mine):  # fewer rows than processes: DDP still needs a backward pass here, with a loss of 0
             outcome, nothing = self.sequences.outcome, self.sequences.nothing
             batch = batch | {outcome: torch.full_like(batch[outcome], nothing)}
             mine = torch.zeros(1, dtype=torch.long)
@@ -236,8 +242,9 @@ class TrainBatches:
         ]
 
     def compose(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Random batches of sequences of similar length, so that little of a batch is padding:
-        shuffle, sort by length within pools of 16 batches, cut evenly, shuffle the batches."""
+        """The indices of the sequences of each batch of an epoch."""
+        # A batch is as wide as its longest sequence, so sequences of similar length waste little on padding.
+        # Sorting all would put the same ones together in every epoch: sort within random pools of 16 batches.
         size = self.cfg.batch_size
         order = rng.permutation(len(self.sequences.sizes))
         pools = np.split(order, range(16 * size, len(order), 16 * size))
@@ -247,18 +254,18 @@ class TrainBatches:
 
 
 def dealt(count: int, batch_size: int) -> Iterator[slice]:
-    """This process's share of `count` things in their order: whole batches are dealt out, so that the
-    composition of a batch, and with it the last bit of each score, never depends on the number of
-    processes."""
+    """Yield this process's share of `count` ordered things as slices of at most `batch_size`."""
+    # Whole batches are dealt out: their composition, on which the last bits of a score depend, is then the
+    # same for any number of processes. Nothing is padded or repeated, so each user counts exactly once.
     for first in range(dist.data_rank() * batch_size, count, dist.data_world() * batch_size):
         yield slice(first, first + batch_size)
 
 
 def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) -> Iterator[dict]:
-    """This process's share of all ranked users, as batches with `target_ids` (B,) and the whole history as
-    `seen_items`. Split is "valid" or "test"."""
+    """Yield this process's share of the ranked users as batches with `target_ids` and `seen_items`, longest
+    histories first. `split` is "valid" or "test"."""
     users = dataset.ranked_users
-    known = dataset.lengths[users] - HELD_OUT[split]
+    known = dataset.lengths[users] - HELD_OUT[split]  # all actions before the target
     order = np.argsort(-known, kind="stable")
     users, known = users[order], known[order]
     for chosen in dealt(len(users), batch_size):
@@ -273,7 +280,7 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
 
 
 def impression_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) -> Iterator[dict]:
-    """This process's share of the impressions of a split."""
+    """Yield this process's share of the impressions of a split, a key of impressions.SPLITS, as batches."""
     sequences = Impressions(dataset, max_len, split=split)
     order = np.argsort(-sequences.sizes, kind="stable")
     for chosen in dealt(len(order), batch_size):

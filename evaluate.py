@@ -1,5 +1,5 @@
-"""Full-catalogue ranking: every user, every item, no sampling; or with --task=ctr every impression. Exact
-under any number of processes."""
+"""Rank all items for every user, without sampling (--task=matching), or score every impression (--task=ctr).
+Each counts exactly once under any number of processes."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,18 +15,19 @@ from reclm.metrics import ctr_metrics, rank_of_target, ranking_sums
 from reclm.nn.heads import TIME_ERRORS
 from reclm.run import dist
 
-USERS_AT_ONCE = 256  # 16 to 512 are within 10 % of each other
-MAX_SCORES = 2**26  # scores held at once: 256 MiB in float32, whatever the size of the catalogue
-MAX_TOKENS = 2**18  # tokens that go through the blocks at once
+# Limits of an evaluation batch, to bound memory for any catalogue and any history.
+USERS_AT_ONCE = 256  # speed differs by less than 10 % between 16 and 512
+MAX_SCORES = 2**26  # 256 MiB in float32
+MAX_TOKENS = 2**18
 
 
 def batch_size(dataset: Dataset, max_len: int) -> int:
-    """Users that are ranked at once."""
+    """Users (or sequences of impressions) per evaluation batch, within the limits above."""
     return max(1, min(USERS_AT_ONCE, MAX_SCORES // (dataset.num_items + 1), MAX_TOKENS // max_len))
 
 
 def on_device(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Batches where the model is, which is set to evaluation."""
+    """Set the model to evaluation mode (no dropout) and yield the batches on its device."""
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
@@ -37,8 +38,9 @@ def on_device(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterato
 def rank_users(
     model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig, among_cold: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(user ids, ranks) of this process's users, both (users,), among all items or those held out of
-    training; raises UserError on a non-finite score."""
+    """(users, ranks) of this process's users: their indices and the float64 ranks of their held-out items
+    (best is 1) among all items, or with `among_cold` among cold items only. Raises UserError, in all
+    processes, on a non-finite score."""
     users, ranks, broken = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.double)], []
     max_len = model.cfg.max_len
     for batch in on_device(model, eval_batches(dataset, split, max_len, batch_size(dataset, max_len))):
@@ -48,24 +50,26 @@ def rank_users(
         if among_cold:
             of_cold = scores[:, model.cold_items]
             scores = torch.full_like(scores, -torch.inf).index_copy_(1, model.cold_items, of_cold)
-        scores[:, 0] = -torch.inf  # padding is no candidate
+        scores[:, 0] = -torch.inf  # row 0 is padding, not an item
         if cfg.filter_seen:
             scores.scatter_(1, batch["seen_items"], -torch.inf)
-            scores.scatter_(1, batch["target_ids"][:, None], target)  # a target is never excluded
+            scores.scatter_(1, batch["target_ids"][:, None], target)  # it may also occur in the history
         users.append(batch["user_ids"].cpu())
         ranks.append(rank_of_target(scores, batch["target_ids"]).cpu())
+    # All processes must raise, not only the one with the bad scores, or the others would wait for it forever.
     broken = [user for part in dist.gather_from_processes(broken) for user in part]
     if broken:
         raise UserError(
             f"the model gives non-finite scores to {len(broken)} user(s), "
-            f"the first of them {dataset.users[broken[0]]}: these weights cannot be evaluated"
+            f"first to {dataset.users[broken[0]]}: these weights cannot be evaluated, use another checkpoint"
         )
     return torch.cat(users), torch.cat(ranks)
 
 
 def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
-    """Metrics over all evaluated users, or impressions, of all processes: {"HR@10": ..., "NDCG@10": ...,
-    "MRR": ...}, or with --task=ctr {"AUC": ..., "logloss": ...}. Split is "valid" or "test"."""
+    """Metrics over the evaluated users of all processes, {"HR@10": ..., "NDCG@10": ..., "MRR": ...}, or with
+    --task=ctr over all impressions, {"AUC": ..., "logloss": ...}. `split` is "valid" or "test". Raises
+    UserError on a non-finite score."""
     return EVALUATE[model.cfg.task](model, dataset, split, cfg)
 
 
@@ -74,12 +78,12 @@ def ranking_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalCon
     metrics, count = mean_over_processes(ranking_sums(ranks), len(ranks))
     if count != len(dataset.ranked_users):
         raise AssertionError(f"ranked {count} users of {len(dataset.ranked_users)}")
-    if len(dataset.negative):  # how well are those ranked that the user liked?
+    if len(dataset.negative):  # targets that the user liked, which is what a ranking should find
         targets = dataset.offsets[users.numpy() + 1] - HELD_OUT[split]
         liked = ranks[torch.from_numpy(~dataset.negative[targets])]
         of_liked, count = mean_over_processes(ranking_sums(liked), len(liked))
         metrics |= {f"liked/{name}": value for name, value in of_liked.items()} | {"liked/users": count}
-    if len(dataset.cold_items) and split == "test":  # where each target is one of them
+    if len(dataset.cold_items) and split == "test":  # all test targets are cold items
         _, ranks = rank_users(model, dataset, split, cfg, among_cold=True)
         of_cold, _ = mean_over_processes(ranking_sums(ranks), len(ranks))
         metrics |= {f"cold/{name}": value for name, value in of_cold.items()}
@@ -89,15 +93,16 @@ def ranking_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalCon
 
 
 def mean_over_processes(sums: dict[str, float], count: int) -> tuple[dict[str, float], int]:
-    """Sums over this process's users, and their number -> means over those of all processes, and their
-    number."""
+    """Sums over this process's `count` users -> (means over the users of all processes, their number)."""
+    # Sums and counts add up; a mean of the means per process would weigh users unequally.
     count, *totals = dist.sum_over_processes([count, *sums.values()])
     return {name: total / max(count, 1) for name, total in zip(sums, totals, strict=True)}, int(count)
 
 
 @torch.inference_mode()
 def time_metrics(model: nn.Module, dataset: Dataset, split: str) -> dict[str, float]:
-    """Means over all evaluated users of the errors in the time to the held-out action (reclm/nn/heads.py)."""
+    """Mean errors of the predicted time to the held-out action over the users of all processes, {"time_NLL":
+    nats, "time_MAE": of log(1 + seconds)} (reclm/nn/heads.py)."""
     sums, count = Counter(), 0
     max_len = model.cfg.max_len
     batches = eval_batches(dataset, split, max_len, batch_size(dataset, max_len))
@@ -110,8 +115,9 @@ def time_metrics(model: nn.Module, dataset: Dataset, split: str) -> dict[str, fl
 
 @torch.inference_mode()
 def score_impressions(model: nn.Module, dataset: Dataset, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, labels and users, each (N,), of all impressions of a split in the order of their rows, in every
-    process; raises UserError on a logit that is not finite."""
+    """(logits, labels, users), each (N,), of all impressions of a split in the order of their rows in
+    Dataset, in every process: unlike HR and NDCG, an AUC is no mean over users. Raises UserError on a
+    non-finite logit."""
     rows, logits = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
     batches = impression_batches(dataset, split, model.cfg.max_len, batch_size(dataset, model.cfg.max_len))
     for batch in on_device(model, batches):
@@ -125,8 +131,8 @@ def score_impressions(model: nn.Module, dataset: Dataset, split: str) -> tuple[T
     bad = (~logits.isfinite()).nonzero()
     if len(bad):
         raise UserError(
-            f"the model gives non-finite scores to {len(bad)} impression(s), the first of them of user "
-            f"{dataset.users[owner[bad[0, 0]]]}: these weights cannot be evaluated"
+            f"the model gives non-finite scores to {len(bad)} impression(s), first to one of user "
+            f"{dataset.users[owner[bad[0, 0]]]}: these weights cannot be evaluated, use another checkpoint"
         )
     return logits, torch.from_numpy(dataset.labels[rows.numpy()]), owner
 

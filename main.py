@@ -2,15 +2,17 @@
 
     torchrun --standalone --nproc_per_node=2 main.py --eval_only=false
     torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'
-    python main.py --config=configs/sasrec.yaml --seed=1     # one process, a recipe, a changed setting
-    python main.py --help                                    # every flag
+    python main.py --config=configs/sasrec.yaml --seed=1     # one process, a recipe, one setting changed
+    python main.py --help                                    # all flags
 
-Reading order: this file, model.py, data.py, evaluate.py; then reclm/ by need.
+Reading order: this file, model.py, data.py, evaluate.py; then reclm/ as needed.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads halve a shared CPU
+# Let idle OpenMP threads sleep: spinning, they halve the speed of processes that share cores. OpenMP reads
+# this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import math
 import time
@@ -37,12 +39,13 @@ from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim import OPTIMIZERS, build_optimizer, learning_rate, update_average
 from reclm.run.process import StopRequest
 
+# Settings whose value is a key of one of these dicts: to add a loss or a block, add an entry there.
 NAMES = {
     "task": FORWARD,
     "model_name": BLOCKS,
     "loss": LOSSES,
     "optimizer": OPTIMIZERS,
-}  # settings that choose
+}
 
 
 def main() -> None:
@@ -55,7 +58,8 @@ def main() -> None:
 
 
 def evaluate_checkpoint(given: dict) -> None:
-    """--eval_only=true: validation and test metrics of a saved model, on any number of processes."""
+    """--eval_only=true: print the validation and test metrics of a checkpoint and write them to
+    eval-<checkpoint>.json. Raises UserError without a usable checkpoint."""
     out_dir = folder.chosen_dir(given)
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
     cfg, dataset, model = open_checkpoint(given, path)
@@ -69,7 +73,8 @@ def evaluate_checkpoint(given: dict) -> None:
 
 
 def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module]:
-    """The settings of a checkpoint and what the user gave besides, its data and its model."""
+    """The config (of the checkpoint, overridden by the user's flags), dataset and trained model of a
+    checkpoint. Raises UserError where a flag contradicts it or the data differ."""
     state = checkpoint.load_checkpoint(path)
     cfg = build_config(checkpoint.merge_config(given, state, path, "model", "data"))
     dataset = open_dataset(cfg)
@@ -79,9 +84,9 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
 
 
 def open_dataset(cfg: Config) -> Dataset:
-    """The data with all inputs that this run asks for. Raises UserError where they lack one; a name that
-    nothing goes by is refused before anything is downloaded."""
-    for setting, known in NAMES.items():
+    """The dataset with all inputs that the config asks for. Raises UserError for an unknown task, block, loss
+    or optimizer, and where the data lack an input."""
+    for setting, known in NAMES.items():  # before a download that may take minutes
         choose(setting, cfg.flat()[setting], known)
     dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
     say(report.describe_data(dataset))
@@ -89,6 +94,7 @@ def open_dataset(cfg: Config) -> Dataset:
 
 
 def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
+    """A model with initial weights, on this process's device. Raises UserError without that device."""
     torch.manual_seed(cfg.train.seed)  # the same initial weights in every process
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
     return model.to(dist.pick_device(cfg.run.device))
@@ -96,20 +102,20 @@ def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
 
 @dataclass
 class Progress:
-    """Where a run stands; with model and optimizer, all that a checkpoint holds."""
+    """How far a run has come. Saved in every checkpoint."""
 
     epoch: int = 0  # the next epoch to run
-    step: int = 0  # the next step in it
-    loss_sum: float = 0.0  # over the steps of this epoch so far
-    num_targets: int = 0  # in them
-    seconds: float = 0.0  # of the whole run so far
-    best_score: float = -math.inf  # of validation, see metrics.CHOOSE_BY
+    step: int = 0  # the next optimizer step in it
+    loss_sum: float = 0.0  # over all targets of this epoch so far
+    num_targets: int = 0  # of this epoch so far
+    seconds: float = 0.0  # of wall-clock time, over all launches of this run
+    best_score: float = -math.inf  # best validation score so far (metrics.CHOOSE_BY)
     best_epoch: int = -1
-    bad_epochs: int = 0  # since the best
+    bad_epochs: int = 0  # epochs without improvement, for --patience
 
 
 class Run:
-    """A training in flight: what `train` wires together and the epoch loop passes on."""
+    """The objects that one training run shares between the functions below."""
 
     def __init__(
         self,
@@ -119,8 +125,10 @@ class Run:
         state: dict | None = None,
         path: Path | None = None,
     ):
-        """`state`: of the checkpoint at `path`, to go on from. The order matters: what changes the weights
-        comes before their average, wrappers follow, and the optimizer takes what they leave."""
+        """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
+
+        The order matters: load the weights before copying them for the average, then compile and wrap the
+        model, and build the optimizer last, because a wrapper may replace parameters."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
         self.device = next(model.parameters()).device
@@ -128,12 +136,12 @@ class Run:
             checkpoint.restore_model(model, state, path, dataset)
         elif cfg.train.init_from:
             checkpoint.start_from(model, Path(cfg.train.init_from), dataset, cfg)
-        self.averaged = deepcopy(model) if cfg.train.ema else model  # the weights to evaluate
+        self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
             model.load_state_dict(state.get("trained", state["model"]))
         if cfg.train.compile:
             for layer in model.layers:
-                layer.compile(dynamic=True)  # in place: the names of the weights stay
+                layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
         self.parallel = dist.data_parallel(model)
         self.optimizer = build_optimizer(model, cfg.train)
         self.progress, self.history = Progress(), []
@@ -142,15 +150,16 @@ class Run:
             self.progress, self.history = Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:
-        """From here on the run writes into out_dir; all that can be refused has been by now."""
+        """Start writing into out_dir. Called last, when bad input has been refused."""
         self.out_dir = out_dir
-        if not (out_dir / "best.pth").is_file():  # resumed into a new folder: its own best counts
+        if not (out_dir / "best.pth").is_file():  # resumed into a new folder: look for the best epoch again
             self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
         self.logger = Logger(out_dir, self.history, report.REPORT[self.dataset.task]["unit"])
         self.stop = StopRequest()
         self.started = time.time() - self.progress.seconds
 
     def save(self, *names: str) -> None:
+        """Write a checkpoint under each of these file names. Raises UserError, e.g. on a full disk."""
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
@@ -171,28 +180,30 @@ class Run:
 
 
 def train(given: dict) -> None:
-    """--eval_only=false: a new run, or with --resume the rest of an old one."""
+    """--eval_only=false: train a new model, or with --resume continue an interrupted run, then test it. Bad
+    input raises UserError before the run folder is touched."""
     state, path = folder.find_resume(given)
     if state:
         given = checkpoint.merge_config(given, state, path, "model", "data", "trajectory")
     cfg = build_config(given)
     dataset = open_dataset(cfg)
-    cfg.data.dataset = cfg.data.dataset or dataset.name  # what was found; a resumed run keeps to it
+    cfg.data.dataset = cfg.data.dataset or dataset.name  # a resumed run must not find another default
     run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
     run.open(dist.on_main(lambda: folder.claim_dir(cfg, dataset.name, path)))
     if state:
-        say(f"going on from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
+        say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
     fit(run)
 
 
 def fit(run: Run) -> None:
-    """The epoch loop, and the test result at its end."""
+    """Train and validate epoch by epoch, then report the test result. Raises UserError on a non-finite loss
+    and SystemExit after a stop signal."""
     cfg = run.cfg.train
     say(report.describe_model(run.model, len(run.batches), run.batches.num_targets))
     say(f"results go to {run.out_dir}")
     for epoch in range(run.progress.epoch, cfg.num_epochs):
         if cfg.patience and run.progress.bad_epochs >= cfg.patience:
-            say(f"no better validation for {cfg.patience} epochs: stopping early")
+            say(f"validation has not improved for {cfg.patience} epochs: stopping early")
             break
         row = train_epoch(run, epoch)
         row |= validate(run, epoch)
@@ -202,7 +213,8 @@ def fit(run: Run) -> None:
 
 
 def train_epoch(run: Run, epoch: int) -> dict:
-    """Run the (remaining) steps of an epoch. Returns its row for the log."""
+    """Run the remaining steps of an epoch. Returns its log row: mean loss per target (nats, over the whole
+    epoch), learning rate, seconds and targets per second (both of this launch)."""
     cfg, progress = run.cfg.train, run.progress
     num_steps = len(run.batches)
     run.model.train()
@@ -215,7 +227,10 @@ def train_epoch(run: Run, epoch: int) -> dict:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = accumulate_gradients(run, micro_batches, num_targets)
+        # Returns the norm before clipping; with a maximum of infinity it only measures.
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
+        # A signal may reach one process only, but all must stop at the same step, or the others would wait
+        # forever in the next all-reduce. So the stop request is summed together with the loss.
         total, stopping = dist.sum_over_processes([loss_sum, float(bool(run.stop))])
         if not math.isfinite(total) or not norm.isfinite():
             refuse_non_finite(run, epoch, step, loss_sum)
@@ -239,46 +254,48 @@ def train_epoch(run: Run, epoch: int) -> dict:
 
 
 def accumulate_gradients(run: Run, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
-    """Gradients of the mean loss over the targets of ALL processes. Returns this one's sum of losses."""
-    run.optimizer.zero_grad()
+    """Compute the gradients of the mean loss over the targets of ALL processes. Returns the sum of the losses
+    of this process's targets, in nats."""
+    run.optimizer.zero_grad()  # here and not per micro-batch: each backward() below adds to the gradients
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
         last = i == len(micro_batches) - 1
+        # DDP all-reduces gradients in every backward pass; no_sync() postpones that to the last micro-batch.
         with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
-            loss = run.parallel(batch)
-            # DDP averages gradients over processes; the factor turns that into the sum over all targets
-            # divided by their number, which does not depend on how the processes share them.
+            loss = run.parallel(batch)  # the SUM over targets, whose number differs between micro-batches
+            # DDP averages gradients over the processes. This factor undoes that and divides by the targets of
+            # all processes instead, so each target counts equally, however the processes share the batch.
             (loss * (dist.data_world() / max(num_targets, 1))).backward()
         loss_sum += loss.item()
     return loss_sum
 
 
 def refuse_non_finite(run: Run, epoch: int, step: int, loss_sum: float) -> None:
-    """Called by all processes before the step is taken, so the saved weights are untouched."""
+    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights."""
     bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
     run.logger.close()
     what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
     raise UserError(
-        f"{what} at epoch {epoch}, step {step}: try a smaller --lr, or --dtype=float32; "
-        f"what was saved before is whole, in {run.out_dir}"
+        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
+        f"earlier checkpoints in {run.out_dir} are intact"
     )
 
 
 def stop_early(run: Run) -> None:
-    """After SIGTERM or Ctrl-C, agreed on by all processes: save the middle of the epoch and leave."""
+    """Save last.pth in mid-epoch and exit with 128 + signal number, in all processes at the same step."""
     run.save("last.pth")
     run.logger.close()
     say(
         f"stopped at epoch {run.progress.epoch}, step {run.progress.step}; "
-        f"go on with: --resume=auto --out_dir={run.out_dir}"
+        f"continue with: --resume=auto --out_dir={run.out_dir}"
     )
     dist.barrier()
     raise SystemExit(128 + (run.stop.signal or 15))
 
 
 def validate(run: Run, epoch: int) -> dict:
-    """Validation metrics of all users, for the row of this epoch."""
+    """The validation metrics as log-row entries {"valid/NDCG@10": ...}, and the seconds that they took."""
     begin = time.time()
     metrics = evaluate(run.averaged, run.dataset, "valid", run.cfg.eval)
     row = {f"valid/{name}": value for name, value in metrics.items()}
@@ -286,7 +303,7 @@ def validate(run: Run, epoch: int) -> dict:
 
 
 def finish_epoch(run: Run, row: dict) -> None:
-    """Log the epoch, remember the best, save."""
+    """Log the epoch, compare it with the best one and save its checkpoints."""
     progress, epoch = run.progress, row["epoch"]
     _, score = choosing_metric(row, "valid/")
     better = score > progress.best_score
@@ -303,7 +320,8 @@ def finish_epoch(run: Run, row: dict) -> None:
 
 
 def report_test(run: Run) -> None:
-    """The test result of the best validation epoch, and where everything lies."""
+    """Test the weights of the best validation epoch, write result.json and print the metrics."""
+    # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
     checkpoint.restore_model(run.model, checkpoint.load_checkpoint(path), path, run.dataset)
     best = run.progress.best_epoch

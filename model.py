@@ -1,4 +1,4 @@
-"""The recommender: item embedding -> causal blocks -> a user embedding per position -> MF layer.
+"""The recommender: item embedding -> causal blocks -> one user embedding per position -> MF layer.
 
 Letters in the shape comments:
     B  batch (sequences)    T  sequence length            D   model width (`dim`)
@@ -6,12 +6,12 @@ Letters in the shape comments:
     F  feed-forward width   W  attention window           N   negatives
     V  item-table rows: items are 1..V-1, row 0 is padding
     M  positions of a batch that have a target (no padding)
-    S  tokens of a row: the T actions and, where asked for, profile and time tokens (reclm/nn/inputs.py)
+    S  tokens of a row: T actions and optional profile and time tokens (reclm/nn/inputs.py)
     n  tokens of one pass through the blocks    Q  those that are queries    K  keys they may attend to
-    C  candidates for each sequence (--task=ctr)
+    C  candidates per sequence (--task=ctr)
 
-Sequences are padded on the right. With causal attention no real position ever sees the padding, so
-the fast causal kernel needs no padding mask, and padded positions are dropped before the loss.
+Sequences are padded on the right, so under causal attention no real position sees padding: the fast causal
+kernel needs no padding mask. The outputs at padded positions are dropped before the loss.
 """
 
 import torch
@@ -35,7 +35,7 @@ from reclm.nn.layers import (
 )
 from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives
 
-CANDIDATES_AT_ONCE = 128  # more are scored in turns, over the same history
+CANDIDATES_AT_ONCE = 128  # in evaluation, more are scored in chunks that share one encoded history
 
 
 class Attention(nn.Module):
@@ -53,22 +53,25 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:
         """(B, n, D) -> (B, Q, D)"""
         q = self.heads(self.wq(ctx.queries(x)))  # (B, H, Q, Dh)
+        # RoPE: with q and k rotated by angles proportional to their positions, q.k depends on the distance
+        # only. There is no position table to train, and values are not rotated.
         q = rotate(q, ctx.query_rotary)
         k, v = self.keys_values(x, ctx)  # (B, G, n, Dh)
         if ctx.candidates:
             out = self.attend_to_history(q, k, v, cache, ctx)
         else:
             k, v = (k, v) if cache is None else cache.add(k, v, ctx.slots)
-            # No dropout on the attention weights: the fused kernels of the CPU do not have it, and LLaMA
-            # has none. Dropout acts on the embedding and on both residual branches instead.
+            # No dropout on the attention weights: LLaMA has none, and the CPU's fused kernels do not support
+            # it. Dropout acts on the embedding and on both residual branches instead.
             out = F.scaled_dot_product_attention(
                 q, self.repeat(k), self.repeat(v), attn_mask=ctx.mask, is_causal=ctx.mask is None
             )  # (B, H, Q, Dh)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, Q, D)
 
     def attend_to_history(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, ctx: Context) -> Tensor:
-        """Candidates q (B, H, C, Dh), each with its history and its own k, v (B, G, C, Dh) -> (B, H, C, Dh).
-        The fused kernel would compare each candidate with all C of them to keep one."""
+        """Queries q (B, H, C, Dh) of C candidates, their own k and v (B, G, C, Dh), and the cached history ->
+        (B, H, C, Dh). Each candidate attends to its history and to itself. The fused kernel would need C
+        keys more per candidate, of which a mask keeps one."""
         q = q * self.head_dim**-0.5
         scores = q @ self.repeat(cache.keys).transpose(-1, -2)  # (B, H, C, K)
         scores = scores.masked_fill_(~ctx.mask, -torch.inf)
@@ -77,11 +80,11 @@ class Attention(nn.Module):
         return weights[..., :-1] @ self.repeat(cache.values) + weights[..., -1:] * self.repeat(v)
 
     def repeat(self, x: Tensor) -> Tensor:
-        """(B, G, n, Dh) -> (B, H, n, Dh): the CPU's fused kernel wants as many key as query heads."""
+        """(B, G, n, Dh) -> (B, H, n, Dh): the CPU's fused kernel needs as many key heads as query heads."""
         return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
 
     def keys_values(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """(B, n, D) -> (B, G, n, Dh) each"""
+        """(B, n, D) -> rotated keys and values, (B, G, n, Dh) each"""
         return rotate(self.heads(self.wk(x)), ctx.rotary), self.heads(self.wv(x))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+    """SwiGLU (arXiv 2002.05202, eq. 6): w2(SiLU(w1 x) * w3 x)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -104,7 +107,7 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + branch; gated (LiGR, arXiv 2502.03417): x + sigmoid(W x) * branch."""
+    """x + branch, or with --gated_residuals (LiGR, arXiv 2502.03417) x + sigmoid(W x) * branch."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -125,6 +128,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(cfg)
         self.feed_forward = FeedForward(cfg)
+        # RMSNorm only rescales (arXiv 1910.07467): it subtracts no mean, and so needs no bias to restore one.
         self.attention_norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.attention_residual = Residual(cfg)
@@ -136,7 +140,7 @@ class TransformerBlock(nn.Module):
         return self.ffn_residual(x, self.feed_forward(self.ffn_norm(x)))
 
     def read(self, x: Tensor, ctx: Context, cache: KVCache) -> None:
-        """The keys and values of tokens (B, n, D) alone, into an empty cache."""
+        """Put the keys and values of tokens (B, n, D) into an empty cache; compute no output."""
         cache.add(*self.attention.keys_values(self.attention_norm(x), ctx))
 
 
@@ -144,8 +148,9 @@ BLOCKS = {"llama": TransformerBlock, "hstu": HSTUBlock}
 
 
 class SequenceRecommender(nn.Module):
-    """Every use of a parameter in training and evaluation happens inside `forward`, so that wrappers such as
-    DDP and FSDP see all of them. Raises UserError for an unknown --task, --model_name or --loss."""
+    """Training (main.py) and evaluate.py call `forward` only, so wrappers such as DDP and FSDP see every use
+    of a parameter; reclm/nn/incremental.py calls other methods, for inference without wrappers. Raises
+    UserError for an unknown --task, --model_name or --loss."""
 
     def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
@@ -166,28 +171,30 @@ class SequenceRecommender(nn.Module):
         self.head = head(cfg) if head else None
         rotary = rotations(torch.arange(self.inputs.max_tokens).float(), cfg.head_dim)
         self.register_buffer("rotary", rotary, persistent=False)
-        cold_items = torch.tensor(vocabulary.cold_items)  # no id vector and never a negative
+        cold_items = torch.tensor(vocabulary.cold_items)  # never trained: id vector 0, never a negative
         self.register_buffer("cold_items", cold_items, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise all matrices, by the type of their module (those of reclm/nn/layers.py):
+        """Set the initial value of every matrix, by the type of its module (reclm/nn/layers.py):
 
-        | module             | where                                    | initial value                      |
-        |--------------------|------------------------------------------|------------------------------------|
-        | Embedding          | items, users, profile and time tokens    | normal, std 1 / sqrt(D): unit rows |
-        | Linear             | wq wk wv wu w1 w3, CTRHead.hidden        | normal, std 1 / sqrt(fan in)       |
-        | ResidualLinear     | wo w2                                    | the same / sqrt(2 n_layers)        |
-        | ZeroLinear, Zero.. | gates, content, position, time, feedback | 0: no effect at first              |
+        | module             | where                                | initial value                          |
+        |--------------------|--------------------------------------|----------------------------------------|
+        | Embedding(Bag)     | items, users, tokens, time-head gaps | normal, std 1 / sqrt(width): unit rows |
+        | Linear             | wq wk wv wu w1 w3, layers of heads   | normal, std 1 / sqrt(fan in)           |
+        | ResidualLinear     | wo w2                                | the same / sqrt(2 n_layers)            |
+        | ZeroLinear         | gates, content, outputs of heads     | 0, so that a gate starts at 1/2        |
+        | ZeroEmbedding(Bag) | position, time, feedback, words      | 0: no effect before training           |
 
-        Norm gains start at 1. Rows of padding and of items held out are 0 and stay so."""
+        Vectors keep the values that their modules gave them: norm gains 1, the relative bias of HSTU 0, the
+        biases of heads torch's default. Item rows of padding and cold items are 0 and stay 0 in training."""
         for module in self.modules():
             for weight in module.parameters(recurse=False):
                 if weight.dim() < 2:
                     continue
                 std = weight.shape[1] ** -0.5
-                if isinstance(module, ResidualLinear):  # the sum of all branches stays of order 1
+                if isinstance(module, ResidualLinear):  # the sum over 2 n_layers branches stays of order 1
                     std /= (2 * self.cfg.n_layers) ** 0.5
                 if isinstance(module, (ZeroLinear, ZeroEmbedding, ZeroEmbeddingBag)):
                     std = 0.0
@@ -196,15 +203,17 @@ class SequenceRecommender(nn.Module):
         self.item_embedding.weight[self.cold_items] = 0.0
 
     def item_table(self) -> Tensor:
-        """(V, D): the MF layer's item factors, shared with the input embedding. In training compute it once
-        per step: some of the ids may be dropped at random."""
+        """(V, D): the item factors of the MF layer, tied to the input embedding. In training, call it once
+        per forward pass: with --id_dropout each call drops other ids."""
         table = self.item_embedding.weight
         return table if self.content is None else self.content(table)
 
     def forward(self, batch: dict[str, Tensor], output: str = "") -> Tensor | dict[str, Tensor]:
-        """With "targets" or "labels" in the batch the SUM of the loss over them, a scalar. Without, of
-        matching: float32 scores (B, V) of all items after the last action of each sequence; of ctr: logits
-        (B, C) of the candidates. With `output="time_errors"`: {name: (B,)} of reclm.nn.heads.time_errors."""
+        """A batch of data.py with "targets" or "labels" -> the SUM of the loss over them in nats, a scalar.
+
+        Without them: float32 scores (B, V) of all items after the last action of each sequence
+        (task=matching), or logits (B, C) of the candidates (task=ctr). With `output="time_errors"`:
+        {name: (B,)} of reclm.nn.heads.time_errors."""
         if output == "time_errors":
             hidden = self.encode(batch, last_only=True)[:, 0]
             return time_errors(self.time_head, hidden, batch)
@@ -213,13 +222,12 @@ class SequenceRecommender(nn.Module):
     def encode(
         self, batch: dict[str, Tensor], last_only: bool = False, table: Tensor | None = None
     ) -> Tensor:
-        """item_ids (B, T) -> the user's embedding after each action, (B, T, D), in float32; with
-        `last_only` after the last one, (B, 1, D): the top block then has one query per sequence.
-        `table`: the item table, where it has been computed already."""
+        """item_ids (B, T) -> float32 user embeddings after each action, (B, T, D), or with `last_only` after
+        the last one, (B, 1, D). `table` is the item table (V, D), if already computed."""
         table = self.item_table() if table is None else table
         row, queries = self.inputs.lay_out(batch)
         last = None
-        if last_only:
+        if last_only:  # lower blocks still need all tokens as keys; the top block gets one query per sequence
             last = batch["lengths"] - 1  # (B,)
             if queries is not None:
                 last = queries.gather(1, last[:, None])[:, 0]
@@ -229,18 +237,19 @@ class SequenceRecommender(nn.Module):
         return self.add_user(hidden, batch)
 
     def embed(self, row: dict[str, Tensor], table: Tensor) -> Tensor:
-        """(B, S, D): unit rows become channels of order 1, as the norms expect."""
+        """A row of token_ids (B, S) -> the input of the first block, (B, S, D)."""
+        # Item rows have length 1, so scores start at order 1; times sqrt(D), so do the blocks' inputs.
         return self.dropout(self.inputs(row, table) * self.cfg.dim**0.5)
 
     def context(self, row: dict[str, Tensor]) -> Context:
-        """For whole rows (B, S)."""
+        """The Context of whole rows: each of S tokens is a query and a key."""
         length = row["token_ids"].shape[1]
         positions = torch.arange(length, device=self.rotary.device)[None]  # (1, S)
         times = row.get("timestamps")
         query_times = row.get("next_timestamps") if self.cfg.request_time else times
         window = self.cfg.window
         if not torch.compiler.is_exporting() and window >= length:
-            window = 0  # plain causal attention has a faster kernel
+            window = 0  # it hides nothing, and plain causal attention has a faster kernel
         return Context(positions, positions, self.rotary[:length], window, times, query_times)
 
     def through_blocks(
@@ -251,8 +260,8 @@ class SequenceRecommender(nn.Module):
         last: Tensor | None = None,
         output: bool = True,
     ) -> Tensor | None:
-        """(B, n, D) -> (B, n, D) in float32, or the outputs of the tokens `last` (B,) alone, (B, 1, D). Where
-        there are `caches`, one for each layer, keys and values go into them; without `output` only that."""
+        """(B, n, D) -> float32 (B, n, D), or (B, 1, D) for the tokens `last` (B,) alone. Keys and values go
+        into `caches`, one per layer, if given. Without `output`, fill the caches and return None."""
         caches = caches or [None] * len(self.layers)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
             for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
@@ -260,18 +269,20 @@ class SequenceRecommender(nn.Module):
             if not output:
                 return self.layers[-1].read(x, ctx, caches[-1])
             x = self.layers[-1](x, ctx if last is None else ctx.only(last), caches[-1])
+        # Scores are float32 even with --dtype=bfloat16, whose 8 bits of precision would tie many items.
         return self.norm(x.float())
 
     def add_user(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(B, n, D) -> (B, n, D), plus the user's own vector (SASRec, arXiv 1808.09781, section III.E)."""
+        """(B, n, D) -> (B, n, D), with --user_embedding=explicit plus one trained vector per user (SASRec,
+        arXiv 1808.09781, section III.E)."""
         if self.cfg.user_embedding == "explicit":
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         return hidden
 
     def score_candidates(self, batch: dict[str, Tensor], table: Tensor) -> Tensor:
-        """candidate_ids (B, C) -> the logit of a positive action on each, (B, C), in float32, as if it were
-        the only one: it sees its history and itself. The history is read once for all of them (M-FALCON,
-        arXiv 2402.17152, section 3.4)."""
+        """candidate_ids (B, C) -> float32 logits (B, C) of a positive action on each. A candidate attends to
+        its history and itself, not to other candidates, so its logit is that of ranking it alone. The history
+        is encoded once for all of them (M-FALCON, arXiv 2402.17152, section 3.4)."""
         row, _ = self.inputs.lay_out(batch)
         history, caches = self.context(row), [KVCache() for _ in self.layers]
         self.through_blocks(self.embed(row, table), history, caches, output=False)
@@ -295,7 +306,7 @@ class SequenceRecommender(nn.Module):
         return torch.cat(logits, dim=1)
 
     def negatives(self, batch: dict, valid: Tensor, targets: Tensor) -> tuple:
-        """(negatives, excluded), as the losses want them (reclm/nn/losses.py)."""
+        """(negatives, excluded) of the M positions `valid` (B, T), as reclm/nn/losses.py defines them."""
         excluded = None
         if "seen_items" in batch:
             owner = valid.nonzero()[:, 0]  # (M,): the sequence of each position
@@ -303,15 +314,17 @@ class SequenceRecommender(nn.Module):
         if self.loss.loss in NEEDS_NO_NEGATIVES:
             return None, excluded
         negatives = batch["negatives"]
-        if negatives.dim() > 1:  # drawn for each position, free of its target by construction
+        if negatives.dim() > 1:  # (B, T, N), drawn per position and never its target
             return negatives[valid], None
         return negatives, exclude_negatives(negatives, targets, excluded)
 
 
 def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
-    """What comes next? See SequenceRecommender.forward."""
+    """task=matching, next-item prediction: the loss or scores of SequenceRecommender.forward."""
+    # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. But
+    # the user vector is not looked up in a table: the blocks compute it from the history.
     if "targets" not in batch:
-        return model.encode(batch, True, table)[:, 0] @ table.T
+        return model.encode(batch, True, table)[:, 0] @ table.T  # (B, V)
     hidden = model.encode(batch, table=table)  # (B, T, D)
     valid = batch["targets"] != 0  # (B, T)
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
@@ -322,10 +335,10 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
 
 
 def estimate_ctr(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
-    """How likely is a positive action on each candidate? See SequenceRecommender.forward."""
+    """task=ctr, the probability of a positive action: the loss or logits of SequenceRecommender.forward."""
     logits = model.score_candidates(batch, table)  # (B, C)
     return ctr_loss(logits, batch["labels"]) if "labels" in batch else logits
 
 
-# For each task: (model, batch, item table) -> loss or scores; and the head that it needs, if any.
+# Per task: (model, batch, item table) -> loss or scores, and the class of its head, if it needs one.
 FORWARD = {"matching": (match, None), "ctr": (estimate_ctr, CTRHead)}

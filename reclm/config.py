@@ -1,7 +1,7 @@
-"""All settings, as dataclass sections. reclm/flags.py fills them from YAML files and flags.
+"""All settings, as one dataclass per section. reclm/flags.py fills them from YAML files and flags.
 
-Names are unique over the sections, so flags and YAML keys need no prefix: `--lr=5e-4 --n_layers=4`.
-The text under each field is its help text (`python main.py --help`).
+Names are unique across sections, so flags and YAML keys need no prefix: `--lr=5e-4 --n_layers=4`.
+The string under each field is its help text (`python main.py --help`).
 """
 
 import math
@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 from reclm.errors import UserError
 
-# What fixes a setting once a model is trained, named on each field:
-#   model, data  every use of a checkpoint: evaluation, resume
-#   trajectory   a resumed run, whose weights depend on it
-#   leak         --init_from: with another value the checkpoint may have learned from this run's test data
-#   free         nothing
+# Each field names the parts of a checkpoint that fix its value:
+#   model, data  fixed for evaluation and --resume: it defines the model, or the data
+#   trajectory   fixed for --resume: the weights depend on it
+#   leak         fixed for --init_from: with another value the checkpoint may have seen this run's test data
+#   free         never fixed
 PARTS = ("model", "data", "trajectory", "leak", "free")
 
 
 class AnyBut(list):
-    """All values but those listed."""
+    """A list that contains every value but those in it."""
 
     def __contains__(self, value: Any) -> bool:
         return not super().__contains__(value)
@@ -34,8 +34,8 @@ READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
 
 
 def setting(default: Any, fixed: str, *needs: dict[str, tuple]) -> Any:
-    """A field with its default and the PARTS that fix it. Another value than the default has an effect only
-    where, for each of `needs`, one of the settings named has one of the values listed."""
+    """A dataclass field with its default and the PARTS that fix it. A value other than the default has an
+    effect only if, in each dict of `needs`, at least one of the settings has one of the values listed."""
     return field(default=default, metadata={"fixed": fixed.split(), "needs": needs})
 
 
@@ -44,51 +44,53 @@ class ModelConfig:
     """Model"""
 
     task: str = setting("matching", "model")
-    """matching = rank the whole catalogue by what comes next; ctr = how likely is it that the user likes an
-    item shown (reclm/data/impressions.py)"""
+    """matching = rank all items as the user's next one; ctr = predict the probability that a user responds
+    positively to an item shown"""
     model_name: str = setting("llama", "model")
-    """kind of block: llama (LLaMA2, model.py) or hstu (reclm/nn/hstu.py)"""
+    """block type: llama (LLaMA2, model.py) or hstu (reclm/nn/hstu.py)"""
     max_len: int = setting(200, "model")
-    """T: a user's history is cut to the last max_len actions"""
+    """T, sequence length: the model sees a user's last max_len actions"""
     dim: int = setting(64, "model")
-    """D: model width"""
+    """D, model width"""
     n_layers: int = setting(2, "model")
     """number of blocks"""
     n_heads: int = setting(2, "model")
-    """H: query heads"""
+    """H, number of attention heads (query heads); must divide dim"""
     n_kv_heads: int = setting(0, "model", LLAMA)
-    """G: key-value heads of grouped-query attention; 0 = as many as n_heads"""
+    """G, key-value heads of grouped-query attention in llama blocks; 0 = n_heads"""
     hidden_dim: int = setting(0, "model", LLAMA)
-    """F: feed-forward width; 0 = 8/3 dim, rounded up to a multiple of 32"""
+    """F, feed-forward width of llama blocks; 0 = 8/3 dim, rounded up to a multiple of 32"""
     window: int = setting(0, "model")
-    """W: attend to the last `window` positions only; 0 = to all"""
+    """W, attention window: attend to the last `window` positions, the current one included; 0 = to all"""
     position_embedding: bool = setting(False, "model")
-    """add an embedding of the number of earlier actions to each item's (reclm/nn/layers.py)"""
+    """add to each item an embedding of the number of the user's earlier actions, on a log scale"""
     profile_tokens: bool = setting(False, "model")
-    """begin each row with tokens of the user's profile: gender, age, ... (reclm/nn/inputs.py)"""
+    """start each sequence with one token per field of the user table (gender, age, ...)"""
     time_tokens: Literal["none", "tokens", "embedding"] = setting("none", "model")
-    """the time since the action before: a token of its own, with hour and weekday where a session begins, or
-    an embedding added to the item's (reclm/nn/inputs.py)"""
+    """time since the previous action as input: tokens = one token before each action, plus weekday and hour
+    (UTC) when a session starts, after an hour without actions; embedding = a vector added to each item"""
     action_embedding: bool | None = setting(None, "model")
-    """add an embedding of the rating given to each item's [default: true with task=ctr]"""
+    """add to each item of the history an embedding of its rating (with task=ctr and no ratings, of its
+    label) [default: true with task=ctr, else false]"""
     item_features: str | None = setting(None, "model")
-    """item content besides ids: a comma-separated list of genres, year, title (of the item table) and paths
-    of .npy or .safetensors files with one row per item"""
+    """item content to add to the item embeddings: a comma-separated list of genres, year, title (from the
+    item table) and of .npy or .safetensors files with one row per item [default: none]"""
     id_dropout: float = setting(0.0, "model")
-    """share of the items that go without their id in a training step: content learns to stand alone"""
+    """share of items whose id embedding is zeroed in each training step, so that the model learns to use
+    item_features alone, as cold items need"""
     time_head: bool = setting(False, "model", MATCHING)
-    """learn the distribution of the time to the next action as well (reclm/nn/heads.py)"""
+    """also train and evaluate a prediction of the time to the next action (reclm/nn/heads.py)"""
     request_time: bool = setting(False, "model", MATCHING, READS_TIMES)
-    """the model knows WHEN the item to predict was chosen, through hstu's bias and time_tokens; such numbers
-    compare only with others that know it"""
+    """give the model the time of the item to predict, through the time bias of hstu and time_tokens; compare
+    such results only with models that also know it"""
     gated_residuals: bool = setting(False, "model", LLAMA)
-    """llama: a learned gate on each residual branch (LiGR, arXiv 2502.03417)"""
+    """multiply each residual branch of llama blocks by a trained sigmoid gate (LiGR, arXiv 2502.03417)"""
     dropout: float = setting(0.2, "model")
-    """on the embedding and on the residual branches"""
+    """dropout probability, on the input embeddings and on each residual branch"""
     user_embedding: Literal["none", "explicit"] = setting("none", "model")
-    """explicit = add a learned vector per user (SASRec, section III.E)"""
+    """explicit = add a trained vector per user to the output (SASRec, arXiv 1808.09781, section III.E)"""
     dtype: Literal["float32", "bfloat16"] = setting("float32", "trajectory")
-    """of the blocks; embeddings, loss and ranking stay in float32"""
+    """precision of the blocks (by autocast); weights, embeddings, loss and scores are always float32"""
 
     def __post_init__(self):
         is_ctr = self.task == "ctr"
@@ -99,26 +101,27 @@ class ModelConfig:
         probability(self, "dropout")
         probability(self, "id_dropout")
         if self.id_dropout and not self.item_features:
-            raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: leave it out")
+            raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: add them or leave it out")
         if is_ctr and self.time_tokens == "tokens":
             raise UserError("--time_tokens=tokens is for --task=matching: use --time_tokens=embedding")
         if self.time_head and self.request_time:
-            raise UserError("--request_time=true tells what --time_head=true is to predict: drop one")
+            raise UserError("--request_time=true reveals the time that --time_head=true predicts: drop one")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise UserError(f"--dim={self.dim} must split into --n_heads={self.n_heads} heads of even width")
+            heads = f"--n_heads={self.n_heads} heads of even width"
+            raise UserError(f"--dim={self.dim} must be a multiple of {2 * self.n_heads} for {heads}")
         if self.n_heads % self.kv_heads:
             raise UserError(f"--n_heads={self.n_heads} must be a multiple of --n_kv_heads={self.n_kv_heads}")
 
     @property
-    def kv_heads(self) -> int:
+    def kv_heads(self) -> int:  # G
         return self.n_kv_heads or self.n_heads
 
     @property
-    def head_dim(self) -> int:
+    def head_dim(self) -> int:  # Dh
         return self.dim // self.n_heads
 
     @property
-    def ffn_dim(self) -> int:
+    def ffn_dim(self) -> int:  # F
         return self.hidden_dim or 32 * math.ceil(self.dim * 8 / 3 / 32)
 
 
@@ -127,35 +130,35 @@ class DataConfig:
     """Data"""
 
     dataset: str | None = setting(None, "data")
-    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (ctr), or a path to a .csv or .parquet
-    file with the columns user,item[,rating][,timestamp][,label][,context][,split]; not given: MovieLens-1M,
-    or where it cannot be had MovieLens-100K"""
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or a .csv or .parquet file
+    with the columns user,item[,rating][,timestamp][,label][,context][,split] [default: ml-1m, or ml-100k if
+    that cannot be downloaded]"""
     data_dir: str | None = setting(None, "free")
-    """where data files are looked for and downloaded to [default: $RECLM_DATA, else data/]"""
+    """folder to read data files from and to download them to [default: $RECLM_DATA, else data/]"""
     min_item_count: int = setting(1, "data leak", MATCHING)
-    """drop items with fewer interactions (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
+    """drop items with fewer interactions; 1 = keep all (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
     shuffle_ties: int = setting(0, "data leak")
-    """seed: actions of the same user and second in a random order; 0 = in the order of the file"""
+    """seed for a random order of a user's actions within the same second; 0 = keep the order of the file"""
     cold_items: float = setting(0.0, "data leak", MATCHING, {"exclude_history": (True,)})
-    """share of the items to keep out of training and to be the test items, for a cold-start evaluation"""
+    """for a cold-start evaluation, hold this share of the items out of training and test on them; 0 = none"""
     ctr_split: Literal["time", "random", "own"] | None = setting(None, "data leak")
-    """how impressions are split 8:1:1: by the span of time, at random, or by the column split [default with
-    task=ctr: own if that column exists, else time]; with task=matching: train on the training part only, for
-    init_from"""
+    """how impressions are split: time = by date, at 80 and 90 percent of the time span; random = 8:1:1; own =
+    by the column split [default with task=ctr: own if that column exists, else time]. With task=matching:
+    train on the training part of this split only, for --task=ctr --init_from [default: use all data]"""
     ctr_history: Literal["past", "train"] | None = setting(None, "trajectory", CTR)
-    """ctr: the history of an impression is all that its user did before it, or the training part of that
-    [default: past with ctr_split=time, else train]"""
+    """task=ctr: the history of an impression holds all of the user's earlier actions (past) or those in the
+    training part (train) [default: past with ctr_split=time, else train]"""
     ctr_delay: float | None = setting(None, "trajectory", CTR)
-    """ctr: seconds between an impression and the latest action in its history; 0 = also earlier rows of the
-    same second, as published sequence models have it [default: 1, or 0 without timestamps]"""
+    """task=ctr: least number of seconds between an action in the history and the impression; 0 = also include
+    earlier rows of the same second, as published models do [default: 1, or 0 without timestamps]"""
     positive_from: float = setting(4.0, "data leak", IMPRESSIONS)
-    """ctr: a rating of this or more is positive (a column label overrides it)"""
+    """task=ctr: ratings of this value or more are positive; ignored if the data have a column label"""
     drop_rating: float | None = setting(None, "data leak", IMPRESSIONS)
-    """ctr: drop the rows with this rating"""
+    """task=ctr: drop impressions with this rating, e.g. a neutral one [default: keep all]"""
     min_positives: int = setting(0, "data leak", IMPRESSIONS)
-    """ctr: drop users and items with fewer positives, until all have them"""
+    """task=ctr: drop users and items with fewer positives, until all that remain have them; 0 = keep all"""
     utc_offset: float = setting(0.0, "data leak", IMPRESSIONS)
-    """hours that the days of ctr_split=time are ahead of UTC"""
+    """task=ctr: time zone in which ctr_split=time counts days, in hours ahead of UTC"""
 
     def __post_init__(self):
         positive(self, "min_item_count")
@@ -176,17 +179,18 @@ class LossConfig:
     """Loss"""
 
     loss: str = setting("bce", "trajectory", MATCHING)
-    """bce, gbce, sampled_softmax or softmax: binary cross entropy (SASRec), generalised BCE (gSASRec),
-    softmax over negatives or over all items (reclm/nn/losses.py)"""
+    """bce = binary cross entropy (SASRec), gbce = generalised BCE (gSASRec), sampled_softmax or softmax =
+    cross entropy over sampled negatives or over all items (reclm/nn/losses.py)"""
     num_negatives: int = setting(1024, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
-    """N: negatives that each target is compared with (softmax uses all items instead)"""
+    """N, negatives per target, drawn uniformly (loss=softmax compares with all items instead)"""
     share_negatives: bool = setting(True, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
-    """true = one draw for the whole batch (fast); false = one draw per position (SASRec)"""
+    """true = draw negatives once per batch, which is fast; false = once per position, as SASRec does"""
     exclude_history: bool = setting(True, "trajectory", MATCHING)
-    """no item of the user's training history counts as a negative, as none is ranked either; false = only
-    the target is excluded"""
+    """items of the user's training history are not used as negatives, since filter_seen keeps them out of
+    the ranking as well; false = only the target is not used"""
     negative_below: float | None = setting(None, "trajectory", MATCHING)
-    """actions with a lower rating are negative feedback: in the history, but never a target of the loss"""
+    """treat lower ratings as negative feedback, which stays in the history but is never a target of the loss
+    [default: every action is a target]"""
 
     def __post_init__(self):
         positive(self, "num_negatives")
@@ -198,37 +202,38 @@ class TrainConfig:
     """Training"""
 
     num_epochs: int = setting(20, "trajectory")
-    """epochs 0 .. num_epochs - 1"""
+    """number of passes over the training data"""
     batch_size: int = setting(32, "trajectory")
-    """sequences per optimizer step, over ALL processes: a recipe means the same on any number of them"""
+    """sequences per optimizer step, over ALL processes, so that any number of them takes the same steps"""
     optimizer: str = setting("adamw", "trajectory")
     """adamw (reclm/run/optim.py)"""
     lr: float = setting(3e-3, "trajectory")
-    """peak learning rate"""
+    """learning rate, before it is scaled by the warm-up and by the cosine of lr_min"""
     weight_decay: float = setting(0.01, "trajectory")
-    """on the matrices of the blocks; norms have none"""
+    """weight decay of all matrices but embeddings; norm gains and biases have none"""
     embedding_decay: float = setting(0.0, "trajectory")
-    """weight decay on the embeddings"""
+    """weight decay of the embeddings"""
     warmup_steps: int = setting(100, "trajectory")
-    """steps of linear warm-up"""
+    """optimizer steps over which the learning rate rises linearly"""
     lr_min: float = setting(0.1, "trajectory")
-    """after the warm-up a cosine brings the learning rate down to this fraction of lr; 1 = constant"""
+    """the learning rate falls along a cosine, over the whole run, to this fraction of lr; 1 = constant"""
     clip_norm: float = setting(1.0, "trajectory")
-    """largest norm of the gradient; 0 = no clipping"""
+    """clip the gradient to this L2 norm; 0 = no clipping"""
     grad_accum_steps: int = setting(1, "free")
-    """cut each batch into this many passes to save memory; the result is the same"""
+    """cut each batch into this many micro-batches to save memory; an optimizer step still uses all of them"""
     patience: int = setting(0, "free")
-    """stop after this many epochs without a better validation; 0 = never"""
+    """stop after this many epochs without a better validation score; 0 = never"""
     seed: int = setting(0, "trajectory")
-    """of initial weights, order, dropout and negatives"""
+    """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
-    """start from the weights of this checkpoint that this model has as well: matching can start ctr"""
+    """checkpoint whose weights a new run starts from, where name and shape agree, e.g. one of task=matching
+    for task=ctr [default: random weights]"""
     compile: bool = setting(False, "free")
-    """torch.compile the blocks (first steps take a minute)"""
+    """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
-    """evaluate an exponential moving average of the weights, with this decay per step; 0 = the weights"""
+    """evaluate and save an exponential moving average of the weights with this decay per step; 0 = off"""
     keep_last: int = setting(20, "free")
-    """keep the newest epoch_N.pth files (best.pth and last.pth are always kept); 0 = all"""
+    """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
@@ -237,7 +242,7 @@ class TrainConfig:
         probability(self, "lr_min", closed=True)
         probability(self, "ema")
         if self.seed >= 2**32:
-            raise UserError(f"--seed={self.seed} must be below 2**32")
+            raise UserError(f"--seed={self.seed} must be less than 2**32")
 
 
 @dataclass
@@ -245,27 +250,33 @@ class EvalConfig:
     """Evaluation"""
 
     filter_seen: bool = setting(True, "free", MATCHING)
-    """leave items of the user's history out of the ranking"""
+    """leave the items of the user's history out of the ranking; false = rank them too, which needs a model
+    trained with --exclude_history=false"""
 
 
 @dataclass
 class RunConfig:
-    """Run: not part of a checkpoint"""
+    """Run (not stored in checkpoints)"""
 
     eval_only: bool = setting(False, "free")
-    """true = evaluate a checkpoint instead of training"""
+    """evaluate a checkpoint instead of training"""
     ckpt_name: str = setting("best.pth", "free")
-    """the checkpoint that eval_only reads, a file in out_dir or a path; --keep_last spares it"""
+    """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
+    name that --keep_last does not delete"""
     out_dir: str | None = setting(None, "free")
-    """where results go [default: a new runs/<time>-<dataset>-<model>; eval_only, resume: runs/latest]"""
+    """folder of the run [default: a new runs/<time>-<dataset>-<model>; with eval_only or resume=auto
+    runs/latest, with the path of a checkpoint its folder]"""
     resume: str | None = setting(None, "free")
-    """auto = go on from last.pth in out_dir, or start where there is none; or a path to a checkpoint"""
+    """auto = continue from last.pth in out_dir, or start a new run if there is none; or a path to a
+    checkpoint to continue from [default: start a new run]"""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "free")
-    """auto = cuda where there is one"""
+    """auto = cuda if a GPU is available, else cpu"""
 
 
 @dataclass
 class Config:
+    """The settings of a run, one attribute per section. Build it with `build_config`, which validates."""
+
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
@@ -274,7 +285,7 @@ class Config:
     run: RunConfig
 
     def flat(self) -> dict:
-        """{name: value} of what belongs to the trained model: all sections but the one of this run."""
+        """{name: value} of all settings that a checkpoint stores: every section but `run`."""
         parts = asdict(self)
         del parts["run"]
         return {name: value for part in parts.values() for name, value in part.items()}
@@ -285,8 +296,8 @@ FIELDS = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 
 
 def fixed_names(values: dict, *parts: str) -> list[str]:
-    """The settings that these PARTS of a checkpoint fix; `values` are its own. The number of epochs is part
-    of the trajectory unless the learning rate is constant: the cosine ends with the last of them."""
+    """Names of the settings that these PARTS fix, given the settings `values` of the checkpoint. num_epochs
+    is fixed with the trajectory, since the cosine ends with the last epoch, unless the rate is constant."""
     names = [name for name, f in FIELDS.items() if not set(parts).isdisjoint(f.metadata["fixed"])]
     if values.get("lr_min") == 1:
         names = [name for name in names if name != "num_epochs"]
@@ -294,7 +305,8 @@ def fixed_names(values: dict, *parts: str) -> list[str]:
 
 
 def build_config(values: dict) -> Config:
-    """Config from {name: value}; what is missing keeps its default. Raises UserError."""
+    """The Config of {name: value}; missing settings get their defaults. Raises UserError for a value out of
+    range, for one that has no effect with the others, and for settings that contradict each other."""
     cfg = Config(
         **{
             section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
@@ -305,16 +317,17 @@ def build_config(values: dict) -> Config:
     for name in flat:
         refuse_without_effect(name, flat)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
-        raise UserError("--cold_items keeps items out of the loss, --share_negatives=false cannot: drop one")
+        raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
         raise UserError(
-            "--filter_seen=false ranks the items of the history, but the loss leaves them out: "
+            "--filter_seen=false ranks the items of the history, which are no negatives in training: "
             "train with --exclude_history=false"
         )
     return cfg
 
 
 def refuse_without_effect(name: str, flat: dict) -> None:
+    """Raise UserError if the setting differs from its default where that changes nothing."""
     if flat[name] == FIELDS[name].default:
         return
     for others in FIELDS[name].metadata["needs"]:
@@ -326,22 +339,22 @@ def refuse_without_effect(name: str, flat: dict) -> None:
 def positive(cfg, *names: str) -> None:
     for name in names:
         if not 0 < getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be greater than 0")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be a finite number greater than 0")
 
 
 def not_negative(cfg, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name}={getattr(cfg, name)} must not be negative")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be a finite number, 0 or greater")
 
 
 def probability(cfg, name: str, closed: bool = False) -> None:
     value = getattr(cfg, name)
     if not (0 <= value < 1 or (closed and value == 1)):
-        raise UserError(f"--{name}={value} must be between 0 and 1")
+        raise UserError(f"--{name}={value} must be at least 0 and {'at most' if closed else 'less than'} 1")
 
 
 def finite(cfg, name: str) -> None:
     value = getattr(cfg, name)
     if value is not None and not math.isfinite(value):
-        raise UserError(f"--{name}={value} must be a number")
+        raise UserError(f"--{name}={value} must be a finite number")

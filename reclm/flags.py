@@ -1,4 +1,4 @@
-"""Flags and YAML files -> {name: value}, converted by the declared type of each setting in config.py."""
+"""Flags and YAML files -> {name: value}, each value converted to the type of its field in config.py."""
 
 import re
 from argparse import ArgumentError
@@ -9,24 +9,25 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from reclm.config import SECTIONS
 from reclm.errors import UserError
 
-REMOVED = {  # settings of earlier versions: what to do instead; docs/log.md has the measurements
-    "schedule": "for a constant rate use --lr_min=1",
-    "scores": "items are scored by dot products",
-    "temperature": "items are scored by dot products",
-    "random_windows": "it changed nothing",
-    "attention_norm": "attention of hstu is divided by the number of positions attended to",
-    "norm_eps": "it is 1e-6",
-    "time_weight": "the next-time loss has the weight 0.1",
-    "gbce_t": "gbce has gSASRec's calibration 0.75",
-    "split_seed": "--ctr_split=random has one split",
-    "unordered_ok": "put ratings.dat beside the lists of ml-1m-m1",
-    "pad_to": "a batch is as wide as its longest sequence",
-    "eval_batch_size": "it follows from the sizes of the catalogue and of a history",
+REMOVED = {  # settings of earlier versions and what replaces them; docs/log.md has the measurements
+    "schedule": "for a constant learning rate use --lr_min=1",
+    "scores": "items are always scored by dot products",
+    "temperature": "items are always scored by dot products",
+    "random_windows": "it made no difference",
+    "attention_norm": "hstu always divides attention by the number of positions attended to",
+    "norm_eps": "it is always 1e-6",
+    "time_weight": "the weight of the next-time loss is always 0.1",
+    "gbce_t": "the calibration of gbce is always 0.75, as in gSASRec",
+    "split_seed": "--ctr_split=random always draws the same split",
+    "unordered_ok": "ml-1m-m1 needs ml-1m/ratings.dat in --data_dir",
+    "pad_to": "a batch is always as wide as its longest sequence",
+    "eval_batch_size": "it follows from the number of items and from --max_len",
 }
 
 
 def parse_args(argv: list[str] | None = None) -> dict:
-    """{name: value} of what the user gave, in YAML files (`--config`) or in flags. Raises UserError."""
+    """{name: value} of the settings given in YAML files (`--config`) or flags, without defaults; flags win.
+    `argv` is the command line if None. Raises UserError for an unknown name or a value of another type."""
     files = ArgumentParserOfPython(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
     try:
@@ -34,15 +35,16 @@ def parse_args(argv: list[str] | None = None) -> dict:
     except ArgumentError as error:
         raise UserError(f"{error} (--config=FILE.yaml)") from None
     given = {}
-    for path in chosen.config:  # flags win over files, wherever they stand on the line
+    for path in chosen.config:  # files first, so that flags win wherever they stand on the command line
         given |= parse([f"--config={path}"], f"{path}: ")
     return given | parse(flags, "")
 
 
 def parse(argv: list[str], where: str) -> dict:
+    """{name: value} of one source of settings. An error message starts with `where`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the names below")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     for cls in SECTIONS.values():
         parser.add_class_arguments(cls, None, as_group=True)
     try:
@@ -54,10 +56,10 @@ def parse(argv: list[str], where: str) -> dict:
 
 
 def explain(text: str) -> str:
-    """jsonargparse explains over several lines, in terms of its own; ours is one line about a name."""
+    """Rewrite an error message of jsonargparse, which takes several lines, as one line about a flag."""
     text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(text.split()))
     text = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", text)
     for name in re.findall(r"(?:--(?:\w+\.)*|Option ')(\w+)", text):
         if name in REMOVED:
-            return f"--{name} is no setting any more: {REMOVED[name]}"
-    return f"{text} (python main.py --help lists all names)"
+            return f"--{name} was removed: {REMOVED[name]}"
+    return f"{text} (python main.py --help lists all flags)"

@@ -1,34 +1,36 @@
-"""Metrics as pure functions: of ranks, as sums over users, which add up over processes exactly; and of the
-scores and labels of all impressions, gathered from all processes."""
+"""Metrics as pure functions: of ranks, as sums over users that add up over processes; and of the logits and
+labels of all impressions, gathered from all processes."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CUTOFFS = (1, 5, 10, 20, 50, 200)
-# The first of these that a result has chooses the epoch; 1: the more the better, -1: the less.
+# The first of these in a result selects the best epoch. 1: greater is better; -1: smaller is better.
 CHOOSE_BY = {"NDCG@10": 1, "AUC": 1, "logloss": -1}
 
 
 def choosing_metric(metrics: dict[str, float], prefix: str = "") -> tuple[str, float]:
-    """The name of the metric that an epoch is chosen by, and its value, greater is better."""
+    """(name, score) of the metric that selects the best epoch; its sign is set so that greater is better."""
     name = next(name for name in CHOOSE_BY if prefix + name in metrics)
     return name, CHOOSE_BY[name] * metrics[prefix + name]
 
 
 def rank_of_target(scores: Tensor, target_ids: Tensor) -> Tensor:
-    """scores (B, V) float32, target_ids (B,) -> "realistic" ranks (B,) float64, best is 1.
+    """scores (B, V) float32, target_ids (B,) -> float64 ranks (B,), best is 1: 1 + the number of items with a
+    higher score + half the number of others with an equal score.
 
-    1 + items scored better + half of those scored equal. With all scores equal this is the middle of
-    the list; `argsort` would report the order of the columns, and top-k membership luck."""
+    A tie thus gets its expected ("realistic") rank, e.g. the middle of the list if all scores are equal.
+    Sorting would break ties by column, and a model with constant scores look good or bad by luck."""
     target = scores.gather(1, target_ids[:, None])  # (B, 1)
     better = (scores > target).sum(1)
-    equal = (scores == target).sum(1) - 1  # but for the target itself
+    equal = (scores == target).sum(1) - 1  # without the target itself
     return 1 + better.double() + equal.double() / 2
 
 
 def ranking_sums(ranks: Tensor) -> dict[str, float]:
-    """ranks (B,) -> sums over the users of HR@K, NDCG@K (one relevant item: 1 / log2(1 + rank)), MRR."""
+    """ranks (B,) -> sums over users, in float64, of HR@K (rank <= K), NDCG@K (1 / log2(1 + rank) if rank <=
+    K, as there is one relevant item) and MRR (1 / rank)."""
     ranks = ranks.double()
     gain = 1 / torch.log2(1 + ranks)
     sums = {}
@@ -41,17 +43,18 @@ def ranking_sums(ranks: Tensor) -> dict[str, float]:
 
 
 def area_under_curve(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """scores, labels and groups (N,), groups counted from 0 -> for each group (G,) float64 the AUC of its
-    rows, the share of pairs (positive, negative) in which the positive has the higher score, a pair of equals
-    counting half, NaN where it has one class only; and how many positives and negatives it has."""
-    places = torch.unique(scores, return_inverse=True)[1]  # equal scores: equal places
+    """scores, labels, groups (N,), from 0 -> AUC, positives and negatives per group, float64 (G,) each.
+
+    The AUC is the share of pairs (positive, negative) of a group in which the positive has the higher score;
+    equal scores count half. It is NaN for a group with one class only."""
+    places = torch.unique(scores, return_inverse=True)[1]  # equal scores get equal places
     order = places.argsort(stable=True)
     order = order[groups[order].argsort(stable=True)]  # by group, then by score
     groups, places, labels = groups[order], places[order], labels[order].double()
     size = int(groups.max()) + 1
     positives = torch.zeros(size, dtype=torch.float64).index_add_(0, groups, labels)
     negatives = torch.zeros(size, dtype=torch.float64).index_add_(0, groups, 1 - labels)
-    # Rows of a group with the same score are a tie; of each, how many negatives lie below it in its group?
+    # A tie is the rows of one group with equal scores. Count the negatives below each tie in its group.
     new = (groups.diff(prepend=groups[:1] - 1) != 0) | (places.diff(prepend=places[:1] - 1) != 0)
     tie = new.cumsum(0) - 1
     in_tie = torch.zeros(int(tie[-1]) + 1, dtype=torch.float64).index_add_(0, tie, 1 - labels)
@@ -63,11 +66,11 @@ def area_under_curve(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Te
 
 
 def ctr_metrics(logits: Tensor, labels: Tensor, users: Tensor) -> dict[str, float]:
-    """logits (N,) of a positive action, labels (N,) 0 or 1, users (N,) -> means over all impressions.
+    """logits (N,) of a positive action, labels (N,) 0 or 1, users (N,) -> metrics over all impressions.
 
-    AUC; logloss in nats; normalised entropy NE, the logloss over that of predicting the share of positives
-    (He et al., ADKDD 2014, eq. 1); GAUC, the AUC among each user's impressions, weighted by their number
-    (DIN, arXiv 1706.06978, eq. 7), over the users with both classes. What is not defined is left out."""
+    logloss: mean, in nats. NE: normalised entropy, the logloss divided by that of always predicting the share
+    of positives (He et al., ADKDD 2014, eq. 1). AUC. GAUC: mean AUC of the users with both classes, weighted
+    by their impressions (DIN, arXiv 1706.06978, eq. 7). Without both classes AUC, NE, GAUC are left out."""
     logits, labels = logits.double(), labels.double()
     rate = labels.mean()
     metrics = {

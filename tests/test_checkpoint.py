@@ -82,7 +82,7 @@ def test_ctr_starts_from_a_file_of_version_4(work):
     flags = [*MODEL, "--dataset=tiny.csv", "--model_name=hstu", "--task=ctr", "--ctr_split=random"]
     start = ["--positive_from=3", f"--init_from={FOLDER}/hstu.pth", "--num_epochs=1", "--lr=1e-30"]
     shown = here(*flags, *start, "--out_dir=run", cwd=work).ok().stdout
-    assert f"started from {FOLDER}/hstu.pth: 14 of 18 weights; new: head" in shown
+    assert f"started from {FOLDER}/hstu.pth: 14 of 18 tensors; new: head" in shown
     ours, theirs = read_state(work / "run" / "best.pth")["model"], read_state(FOLDER / "hstu.pth")["model"]
     feedback = theirs.pop("inputs.action_embedding.weight")
     assert torch.equal(ours["inputs.code_embeddings.actions.weight"], feedback)
@@ -102,7 +102,7 @@ def test_a_file_of_version_4_with_a_setting_that_is_gone_is_refused(work, name):
     assert state["config"][name] == NO_LONGER[name]
     state["config"][name] = CHANGED[name]
     torch.save(state, work / "old.pth")
-    with pytest.raises(UserError, match=rf"old\.pth was trained with another --{name} than"):
+    with pytest.raises(UserError, match=rf"old\.pth was trained with a --{name} other than"):
         load_checkpoint(work / "old.pth")
     shown = here("--eval_only=true", "--ckpt_name=old.pth", "--out_dir=.", cwd=work)
     assert shown.code == 2 and len(shown.errors) == 1 and shown.text.count("\n") == 1
@@ -122,7 +122,7 @@ def test_a_time_head_of_version_5_is_refused(tmp_path):
     state = read_state(FOLDER / "matching.pth") | {"version": 5}
     state["config"]["time_head"] = True
     torch.save(state, tmp_path / "old.pth")
-    with pytest.raises(UserError, match=r"old\.pth has an older --time_head"):
+    with pytest.raises(UserError, match=r"old\.pth has an older kind of --time_head"):
         load_checkpoint(tmp_path / "old.pth")
 
 

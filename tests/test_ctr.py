@@ -119,7 +119,7 @@ def test_a_split_with_one_class_has_no_auc_but_a_logloss(work, monkeypatch):
     cfg, dataset, _ = open_checkpoint({"data_dir": "."}, work / "own" / "best.pth")
     assert cfg.model.action_embedding and dataset.codes["actions"].tolist() == (1 + dataset.labels).tolist()
     assert "AUC" not in result["test"] and 0 < result["test"]["logloss"] < 2
-    assert re.search(r"AUC not defined: there is one class only\n", shown.stdout)
+    assert re.search(r"AUC undefined: all labels are equal\n", shown.stdout)
     losses = [row["valid/logloss"] for row in read_state(work / "own" / "last.pth")["history"]]
     assert result["best_epoch"] == int(np.argmin(losses))
 

@@ -194,7 +194,7 @@ def test_broken_weights_name_the_user(tiny_dataset, value, monkeypatch):
     model = build(tiny_dataset, user_embedding="explicit")
     with torch.no_grad():
         model.user_embedding.weight[7] = value
-    with pytest.raises(UserError, match=r"non-finite scores to 1 user.*first of them 7:"):
+    with pytest.raises(UserError, match=r"non-finite scores to 1 user.*first to 7:"):
         evaluate(model, tiny_dataset, "test", EvalConfig())
     with torch.no_grad():
         model.norm.weight.fill_(value)

@@ -68,7 +68,7 @@ def test_unknown_abbreviated_or_mistyped_flags_are_refused(flag):
 @pytest.mark.parametrize("name", REMOVED)
 def test_a_removed_setting_is_refused_with_what_to_do_instead(name, yaml):
     assert name not in FIELDS
-    wanted = f"--{name} is no setting any more: {REMOVED[name]}"
+    wanted = f"--{name} was removed: {REMOVED[name]}"
     assert refused(["--dim=16", f"--{name}=1", "--lr=1"]) == wanted
     said = refused([yaml(f"dim: 16\n{name}: 1\n")])
     assert said.endswith(wanted) and "some.yaml" in said
@@ -76,16 +76,16 @@ def test_a_removed_setting_is_refused_with_what_to_do_instead(name, yaml):
 
 def test_a_removed_flag_in_every_form():
     for flags in (["--scores=cosine"], ["--scores", "cosine"], ["--scores"], ["--model.scores=cosine"]):
-        assert refused(flags) == f"--scores is no setting any more: {REMOVED['scores']}"
+        assert refused(flags) == f"--scores was removed: {REMOVED['scores']}"
 
 
 def test_a_removed_name_is_meant_only_where_it_names_a_setting(yaml, tmp_path):
     """Not as a value, and not in a file path."""
     assert refused(["--dim=scores"]).startswith("--dim: ")
     assert refused(["--dtype=schedule"]).startswith("--dtype: ")
-    assert "no setting" not in refused([yaml("dim: scores\n")])
+    assert "was removed" not in refused([yaml("dim: scores\n")])
     missing = refused([f"--config={tmp_path}/scores/schedule.yaml"])
-    assert "no setting" not in missing and "schedule.yaml" in missing
+    assert "was removed" not in missing and "schedule.yaml" in missing
 
 
 def test_config_without_a_file_is_one_line():

@@ -190,5 +190,5 @@ def test_the_loss_is_joint_and_gradients_reach_the_blocks():
 
 
 def test_the_time_to_predict_must_not_be_told():
-    with pytest.raises(UserError, match="--request_time=true tells what --time_head=true"):
+    with pytest.raises(UserError, match="--request_time=true reveals the time that --time_head"):
         build_config({"time_head": True, "request_time": True, "time_tokens": "embedding"})

@@ -186,7 +186,7 @@ def test_two_processes_stopped_then_one_killed_then_finished(trained, tmp_path):
     shown = run.finish(15)
     assert shown.code != 0
     assert shown.stdout.count("stopped at epoch") == 1
-    assert "go on with: --resume=auto --out_dir=run" in shown.stdout
+    assert "continue with: --resume=auto --out_dir=run" in shown.stdout
     stopped = read_state(folder / "last.pth")["progress"]
     assert stopped["step"] > 0
 
@@ -197,7 +197,7 @@ def test_two_processes_stopped_then_one_killed_then_finished(trained, tmp_path):
     os.kill(pids[1], signal.SIGKILL)
     shown = run.finish(20)
     assert shown.code != 0 and not any(is_running(pid) for pid in pids.values())
-    assert f"going on from run/last.pth: epoch {stopped['epoch']}, step {stopped['step']}" in shown.stdout
+    assert f"resuming from run/last.pth: epoch {stopped['epoch']}, step {stopped['step']}" in shown.stdout
     assert not (folder / "result.json").exists()
 
     killed = read_state(folder / "last.pth")["progress"]
@@ -221,7 +221,7 @@ def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
     run.process.send_signal(signal.SIGINT)
     shown = run.finish(15)
     assert shown.code == 128 + signal.SIGINT and "Traceback" not in shown.text
-    assert "go on with: --resume=auto --out_dir=run" in shown.stdout
+    assert "continue with: --resume=auto --out_dir=run" in shown.stdout
     stopped = read_state(folder / "last.pth")["progress"]
     assert stopped["step"] > 0
 
@@ -269,7 +269,7 @@ def test_stopped_in_the_first_or_the_last_step_of_an_epoch(tmp_path, monkeypatch
         stop_after(patch, step)
         assert here(*flags, "--out_dir=run", cwd=tmp_path).code == 128 + signal.SIGTERM
     shown = here(*flags, "--out_dir=run", "--resume=auto", cwd=tmp_path).ok()
-    assert f"going on from run/last.pth: epoch 0, step {step}" in shown.stdout
+    assert f"resuming from run/last.pth: epoch 0, step {step}" in shown.stdout
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

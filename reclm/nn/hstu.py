@@ -4,9 +4,9 @@
     A V = SiLU(Q K' + rab) V / n                            (eq. 2), n = number of positions attended to
     Y = X + f2(norm(A V) * U)                               (eq. 3)
 
-Weights are not normalised to sum to 1: how often something happened stays visible. `rab` is a learned
-number for each distance in positions, and one for each (logarithmic) length of time passed. There is no
-feed-forward layer: the gate U takes its place."""
+Unlike softmax weights, these do not sum to 1, so the output shows how often something happened. `rab` is a
+trained bias per distance in positions, plus one per log-scale bucket of the time between key and query. The
+gate U takes the place of a feed-forward layer."""
 
 from functools import partial
 from itertools import repeat
@@ -20,11 +20,11 @@ from reclm.config import ModelConfig
 from reclm.nn.context import Context, KVCache, visible
 from reclm.nn.layers import NORM_EPS, TIME_BUCKETS, Dropout, ResidualLinear, log_buckets
 
-ROWS = 64  # queries worked on at once: keys behind the last of them are not looked at
-SCORES = 2**18  # scores worked on at once, 1 MiB: stays in the cache of a core
-KEPT_SCORES = 2**23  # kept for the backward pass of a block, some 50 MiB; where there are more: recomputed
-GPU_SCALE = 32  # a GPU wants larger parts, of the three above
-# Inputs of HSTUBlock.attend and their axis of queries or keys.
+ROWS = 64  # queries per chunk: keys after the last of them are skipped
+SCORES = 2**18  # scores per chunk, 1 MiB: fits into the cache of a core
+KEPT_SCORES = 2**23  # most scores that a block keeps for its backward pass, about 50 MiB; more are recomputed
+GPU_SCALE = 32  # factor on the three above on a GPU, which is faster with larger chunks
+# Inputs of HSTUBlock.attend and the axis along which each is cut into queries or keys.
 OF_QUERIES = [("q", 2), ("own", 3), ("positions", 1), ("query_times", 1)]
 OF_KEYS = [("k", 2), ("v", 2), ("key_positions", 1), ("times", 1)]
 
@@ -34,7 +34,8 @@ def part_scale(tensor: Tensor) -> int:
 
 
 class Lookup(torch.autograd.Function):
-    """table[index] for a table of numbers; its gradient in one pass (torch's goes index by index)."""
+    """table[index] for a table (n,) and an index of any shape, with its gradient in one pass: torch's own
+    backward adds index by index."""
 
     @staticmethod
     def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Lookup(torch.autograd.Function):
 
 
 class RelativeBias(nn.Module):
-    """rab of eq. 2, the same for all heads; 0 at first."""
+    """rab of eq. 2, the same for all heads; starts at 0."""
 
     def __init__(self, max_len: int):
         super().__init__()
@@ -57,16 +58,16 @@ class RelativeBias(nn.Module):
         self.time = nn.Parameter(torch.zeros(TIME_BUCKETS[0]))
 
     def forward(self, age: Tensor, passed: Tensor | None) -> Tensor:
-        """age (1 or b, r, t): positions from key to query; passed (b, r, t): seconds, or None where the
-        data have no timestamps -> (b, r, t)."""
+        """`age` (1 or b, r, t), positions from key to query, and `passed` (b, r, t), seconds, or None if the
+        data have no timestamps -> the bias (1 or b, r, t)."""
         bias = Lookup.apply(self.position, age.clamp(0, len(self.position) - 1))
         if passed is None:
-            return bias + 0 * self.time[0]  # so that every parameter has a gradient, as DDP wants
+            return bias + 0 * self.time[0]  # DDP needs a gradient for every parameter
         return bias + Lookup.apply(self.time, log_buckets(passed))
 
 
 class HSTUBlock(nn.Module):
-    """Pointwise aggregated attention with relative bias, gated; residual."""
+    """Pointwise aggregated attention with a relative bias, gated by U, with a residual connection."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -93,27 +94,27 @@ class HSTUBlock(nn.Module):
         return ctx.queries(x) + self.wo(self.dropout(self.output_norm(out) * u))
 
     def read(self, x: Tensor, ctx: Context, cache: KVCache) -> None:
-        """The keys and values of tokens (B, n, D) alone, into an empty cache."""
+        """Put the keys and values of tokens (B, n, D) into an empty cache; compute no output."""
         cache.add(*self.keys_values(self.attention_norm(x)))
 
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, n, D) -> (B, H, n, Dh) each"""
+        """(B, n, D) -> keys and values, (B, H, n, Dh) each"""
         return self.heads(self.wk(normed)), self.heads(self.wv(normed))
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, n, D) -> SiLU of it, (B, H, n, Dh)"""
+        """(B, n, D) -> SiLU(x), split into heads (B, H, n, Dh)"""
         return F.silu(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend_in_parts(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, own: Tensor | None = None
     ) -> Tensor:
-        """`attend` on a few sequences and queries at a time: most scores of the future are not computed.
-        Where there are many they are not kept, either, but computed again in the backward pass: then they
-        take SCORES numbers, whatever B and n are."""
+        """q (B, H, Q, Dh), k and v (B, H, K, Dh) -> (B, H, Q, Dh): `attend` in chunks of sequences and
+        queries, which skips most scores that the causal mask would hide. Beyond KEPT_SCORES they are not kept
+        but recomputed in the backward pass, so memory holds one chunk for any B and n."""
         inputs = {"q": q, "k": k, "v": v, "own": own, "positions": ctx.positions}
         inputs |= {"key_positions": ctx.key_positions, "query_times": ctx.query_times, "times": ctx.times}
         inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        if torch.compiler.is_exporting():  # the loops below are over sizes
+        if torch.compiler.is_exporting():  # torch.export cannot loop over dynamic sizes
             return self.attend(**inputs, ctx=ctx)
         return self.loop_over_sequences(inputs, ctx)
 
@@ -125,13 +126,13 @@ class HSTUBlock(nn.Module):
         attend = self.attend
         if batch * heads * queries * length > scale * KEPT_SCORES:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        # Positions that are the same for all sequences are not split.
+        # Tensors that all sequences share, of batch size 1, are repeated instead of split.
         parts = [x.split(size) if len(x) == batch else repeat(x) for x in inputs.values()]
         parts = (dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=False))
         return torch.cat([self.loop_over_queries(attend, ctx, **part) for part in parts])
 
     def loop_over_queries(self, attend, ctx: Context, **inputs: Tensor) -> Tensor:
-        """The inputs of `attend`, but all queries of the sequences."""
+        """The inputs of `attend` with all queries of some sequences -> (b, H, Q, Dh)."""
         step, queries = part_scale(inputs["q"]) * ROWS, inputs["q"].shape[2]
         rows = []
         for first in range(0, queries, step):
@@ -139,7 +140,7 @@ class HSTUBlock(nn.Module):
             part = {
                 name: inputs[name].narrow(axis, first, count) for name, axis in OF_QUERIES if name in inputs
             }
-            if ctx.whole_rows:  # no query of this part sees a later key
+            if ctx.whole_rows:  # causal: no query of this chunk attends to a later key
                 part |= {
                     name: inputs[name].narrow(axis, 0, first + count)
                     for name, axis in OF_KEYS
@@ -159,9 +160,9 @@ class HSTUBlock(nn.Module):
         own: Tensor | None = None,
         **clock: Tensor,
     ) -> Tensor:
-        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) at positions (1 or b, r) and (1 or b, t), and with
-        `clock` query_times (b, r) and times (b, t) -> (b, H, r, Dh). With the `own` keys and values of
-        candidates, (b, 2, H, r, Dh), each sees the keys before it, and itself."""
+        """Eq. 2: q (b, H, r, Dh), k and v (b, H, t, Dh) at `positions` (1 or b, r) and `key_positions` (1 or
+        b, t) -> (b, H, r, Dh). `clock` is query_times (b, r) and times (b, t) in seconds, if known. `own`
+        (b, 2, H, r, Dh) is the keys and values of candidates, which also attend to themselves."""
         age = positions[:, :, None] - key_positions[:, None]  # (1 or b, r, t)
         passed = clock["query_times"][:, :, None] - clock["times"][:, None] if clock else None  # (b, r, t)
         scores = q @ k.transpose(-1, -2) + self.relative_bias(age, passed)[:, None]  # (b, H, r, t)

@@ -1,19 +1,18 @@
-"""Read a history once, then add actions one at a time: the hidden state of the whole row for the work of its
-new tokens.
+"""Incremental inference: encode a history once, then add one action at a time for the cost of its tokens.
 
     history = read(model, batch)                 # any batch of data.py, at least one action per row
-    hidden = extend(model, history, action)      # (B, D), and the action is part of the history
+    hidden = extend(model, history, action)      # (B, D); the action is now part of the history
 
-Keys and values of a token depend on the tokens before it alone, so they are kept (KVCache) in a ring of
-slots, position modulo its size. With --window=W the ring holds W tokens and goes round. A row of more than
-`max_len` actions that is computed again begins with a later action, which changes its result unless no layer
-can see that far back: the ring is exact while n_layers * window < max_len. Elsewhere `extend` refuses, and
-the caller reads the last actions again.
+Keys and values of a token depend only on the tokens up to it, so they stay in a KV cache: a ring of slots,
+slot = position modulo size. With --window=W it holds W tokens, and new ones overwrite the oldest. The results
+equal those of encoding the row again while it has at most max_len actions. Beyond, encoding it again would
+start at a later action, which changes nothing only if no layer looks back that far: n_layers * window <
+max_len. In other cases `extend` raises ValueError, and the caller reads the last actions again.
 
-With --request_time an action is added together with the time of the request that follows, and its keys and
-values depend on it: where the next action came at another time, read the history again.
+With --request_time the keys and values of an action depend on the time of the request that follows it: if the
+next action came at another time, read the history again.
 
-For inference alone: parameters are used outside of the model's `forward`, and there are no gradients."""
+For inference only: parameters are used outside the model's `forward`, without gradients."""
 
 from dataclasses import dataclass
 
@@ -25,21 +24,21 @@ from reclm.nn.context import EMPTY, Context, KVCache, rotations
 
 @dataclass
 class History:
-    """B rows as far as they have been read. `extend` changes it in place."""
+    """The state of B rows after the actions read so far. `extend` changes it in place."""
 
-    caches: list[KVCache]  # of each layer, (B, G, R, Dh): R slots
-    positions: Tensor  # (B, R) of the token in each slot; EMPTY where there is none
-    times: Tensor | None  # (B, R) timestamps of these tokens
+    caches: list[KVCache]  # per layer, (B, G, R, Dh): R slots
+    positions: Tensor  # (B, R) position of the token in each slot; EMPTY if there is none
+    times: Tensor | None  # (B, R) timestamps of these tokens in seconds; None without timestamps
     lengths: Tensor  # (B,) tokens read so far
-    num_actions: Tensor  # (B,) actions of each row read so far
-    last: dict[str, Tensor]  # fields (B, 1) of a batch: the last action
-    hidden: Tensor  # (B, D) after it
+    num_actions: Tensor  # (B,) actions read so far
+    last: dict[str, Tensor]  # batch fields (B, 1) of the last action, and those of its user
+    hidden: Tensor  # (B, D) after the last action
 
 
 @torch.inference_mode()
 def read(model: nn.Module, batch: dict[str, Tensor]) -> History:
-    """`batch` as of data.py, (B, T) actions. `hidden` of the result is that of `model.encode`. Raises
-    ValueError for a row without an action."""
+    """Encode a batch of data.py, (B, T) actions. `hidden` of the result equals the last position of
+    `model.encode`. Raises ValueError for a row without an action."""
     if not batch["lengths"].all():
         raise ValueError("an empty history cannot be read: start with the first action")
     row, queries = model.inputs.lay_out(batch)
@@ -49,10 +48,10 @@ def read(model: nn.Module, batch: dict[str, Tensor]) -> History:
     x = model.embed(row, model.item_table())
     hidden = model.add_user(model.through_blocks(x, ctx, caches, last[:, 0]), batch)[:, 0]
     size = model.inputs.max_tokens
-    if model.cfg.window:  # room for all tokens of an action at once
+    if model.cfg.window:  # all tokens of a new action are written before its first query attends
         size = min(size, model.cfg.window + model.inputs.tokens_per_action - 1)
     slots = torch.arange(size, device=last.device)
-    held = last - (last - slots) % size  # (B, R): the last position that belongs into each slot
+    held = last - (last - slots) % size  # (B, R): the latest position that belongs in each slot
     source = held.clamp(min=0)
     for cache in caches:
         index = source[:, None, :, None].expand(-1, cache.keys.shape[1], -1, cache.keys.shape[3])
@@ -72,17 +71,17 @@ def read(model: nn.Module, batch: dict[str, Tensor]) -> History:
 
 @torch.inference_mode()
 def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Tensor:
-    """Add an action to each row: item_ids (B,) and what else the rows have, timestamps, next_timestamps (when
-    what follows is asked for) and codes. Returns hidden (B, D) after it. Raises ValueError where a row is
-    full."""
+    """Add one action to each row. `action` has the per-action fields of the batch, each (B,): item_ids and,
+    where the rows have them, timestamps, next_timestamps (the time of the request to come) and codes. Returns
+    hidden (B, D) after the action. Raises ValueError if a row is full."""
     cfg = model.cfg
     exact = cfg.window and cfg.n_layers * cfg.window < cfg.max_len
     if history.num_actions.max() >= cfg.max_len and not exact:
         raise ValueError(
-            f"a row has {cfg.max_len} actions, all that this model sees: read the last ones again"
+            f"a row has {cfg.max_len} actions, as many as this model sees: call read() on the last ones"
         )
     names = per_action(model, history.last)
-    if "timestamps" in names:  # only now is it known when the last action was followed by another one
+    if "timestamps" in names:  # the time of the action after the last one is known only now
         history.last["next_timestamps"] = action["timestamps"][:, None]
     pair = history.last | {
         name: torch.cat([history.last[name], action[name][:, None]], dim=1) for name in names
@@ -91,12 +90,12 @@ def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Ten
     row, queries = model.inputs.lay_out(pair, prefix=False)
     if queries is None:
         queries = torch.arange(2, device=history.lengths.device).expand(len(history.lengths), -1)
-    first, last = queries[:, :1] + 1, queries[:, 1:]  # of each row's new tokens, the last one inclusive
+    first, last = queries[:, :1] + 1, queries[:, 1:]  # (B, 1) range of each row's new tokens, inclusive
     place = torch.arange(int((last - first).max()) + 1, device=first.device)  # (n,)
     index = (first + place).minimum(last)  # (B, n)
     shape = row["token_ids"].shape
     row = {name: x.gather(1, index) for name, x in row.items() if x.shape == shape}
-    # Rows may get fewer than n tokens: what is written behind them is overwritten before any query sees it.
+    # A row may get fewer than n tokens. The surplus is overwritten before any query attends to it.
     positions = history.lengths[:, None] + place  # (B, n)
     slots = positions % history.positions.shape[1]
     history.positions.scatter_(1, slots, positions)
@@ -123,6 +122,6 @@ def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Ten
 
 
 def per_action(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
-    """The fields of a batch that have a value for each action and that the model reads."""
+    """The batch fields with one value per action that the model reads."""
     names = ["item_ids", "timestamps", "next_timestamps", *model.inputs.code_embeddings]
     return [name for name in names if name in batch]

@@ -1,12 +1,11 @@
-"""A user's row: from the actions of a batch to the tokens that the blocks see.
+"""Input rows: turn the actions of a batch into the tokens that the blocks see, and items into the item table.
 
     <profile> <profile> ...  <weekday> <hour> <item>  <gap> <item>  <weekday> <hour> <gap> <item> ...
 
-One vocabulary, in ranges: 0 is padding, 1 .. V - 1 are items, behind them the profile tokens (a range for
-each field, its first is "unknown") and the time tokens: the gap since the action before (on a logarithmic
-scale), and where a session begins its weekday and hour (UTC). Only items are ever candidates, and only they
-are targets: for each action there is one position whose output predicts the next item, the action's own, or
-with `request_time` that of the last time token before the next item."""
+Token ids form one vocabulary: 0 is padding, 1 .. V - 1 are items, then come profile tokens (one range per
+field, whose first id is "unknown") and time tokens: the gap since the previous action (in log-scale buckets),
+and at the start of a session its weekday and hour (UTC). Only items are ranked and predicted. Per action, one
+position predicts the next item: its own, or with `request_time` that of the last time token before it."""
 
 import numpy as np
 import torch
@@ -26,18 +25,18 @@ from reclm.nn.layers import (
 )
 
 PADDING = 0
-SESSION = 3600.0  # seconds without an action, after which a new session begins
-GAPS, HOURS, WEEKDAYS = TIME_BUCKETS[0], 24, 7  # time tokens, in this order
-TOKENS_PER_ACTION = 4  # at most: itself, and weekday, hour and gap of the next one
+SESSION = 3600.0  # seconds without an action after which a new session starts
+GAPS, HOURS, WEEKDAYS = TIME_BUCKETS[0], 24, 7  # numbers of time tokens, in the order of their ids
+TOKENS_PER_ACTION = 4  # at most: the item, then weekday, hour and gap of the next action
 
 
 def calendar(times: Tensor) -> tuple[Tensor, Tensor]:
-    """Seconds since 1970 (...) -> weekday (...) from 0 = Monday, and hour (...), in UTC, int64."""
+    """Seconds since 1970 (...) -> int64 weekday (0 = Monday) and hour in UTC, (...) each."""
     return (times // 86400 + 3).long() % WEEKDAYS, (times // 3600).long() % HOURS
 
 
 class Inputs(nn.Module):
-    """The tokens of a row, and the sum of all that is known of each of them."""
+    """Lays out the tokens of a row and embeds each as a sum of token, position, time and code vectors."""
 
     def __init__(self, cfg: ModelConfig, vocabulary: Vocabulary):
         super().__init__()
@@ -45,7 +44,7 @@ class Inputs(nn.Module):
         self.num_rows = vocabulary.num_items + 1  # V
         sizes = vocabulary.profile_sizes
         self.first_time = self.num_rows + sum(sizes)
-        first_profile = self.num_rows + np.cumsum([0, *sizes])[:-1]  # of each field
+        first_profile = self.num_rows + np.cumsum([0, *sizes])[:-1]  # first token id per field
         self.register_buffer("first_profile", torch.from_numpy(first_profile), persistent=False)
         self.has_time_tokens = cfg.time_tokens == "tokens"
         num_tokens = sum(sizes) + (GAPS + HOURS + WEEKDAYS) * self.has_time_tokens
@@ -64,15 +63,15 @@ class Inputs(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        """The longest row, with room for a candidate behind it."""
+        """Tokens of the longest row, with room for a candidate at its end."""
         return len(self.first_profile) + self.tokens_per_action * (self.cfg.max_len + 1)
 
     def forward(self, row: dict[str, Tensor], item_table: Tensor) -> Tensor:
-        """A row as `lay_out` makes it, and the item table (V, D) -> (B, S, D)"""
+        """A row from `lay_out` and the item table (V, D) -> token vectors (B, S, D)"""
         ids = row["token_ids"]
         if self.token_embedding is None:
             x = F.embedding(ids, item_table, padding_idx=PADDING)  # (B, S, D)
-        else:  # two lookups: one table of both would be a copy of the items in every step
+        else:  # two lookups, since one concatenated table would copy all items in every step
             other = ids >= self.num_rows
             x = F.embedding(ids.masked_fill(other, PADDING), item_table, padding_idx=PADDING)
             x = x + self.token_embedding((ids - self.num_rows).clamp(min=0)) * other[..., None]
@@ -85,10 +84,12 @@ class Inputs(nn.Module):
         return x
 
     def lay_out(self, batch: dict[str, Tensor], prefix: bool = True) -> tuple[dict, Tensor | None]:
-        """A batch with T actions per sequence -> the same as S tokens, and `queries` (B, T), the token whose
-        output predicts what follows each action; None where that is its own. Of each token, (B, S): token_ids
-        and, where they are known, codes of actions, timestamps, next_timestamps, the time since_last and
-        until_next action, how many actions came `before`. Without `prefix`: no tokens before the actions."""
+        """A batch of T actions per sequence -> (row, queries): `queries` (B, T) is the index of the token
+        whose output predicts the item after each action, None if it is the action's own.
+
+        `row` has the batch's fields and, per token (B, S), token_ids and as needed codes, timestamps and
+        next_timestamps, since_last and until_next (seconds), and `before`, the number of earlier actions.
+        Without `prefix` there are no profile or time tokens before the first action."""
         ids = batch["item_ids"]  # (B, T)
         if self.token_embedding is None:
             row, queries, is_action = batch | {"token_ids": ids}, None, (ids != PADDING).long()
@@ -103,8 +104,8 @@ class Inputs(nn.Module):
         return row, queries
 
     def lay_out_candidates(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with C candidates per sequence -> a token for each, as the next action of its history, with
-        codes that are not known yet at 0: the fields of `lay_out` (B, C), and their positions in the row."""
+        """A batch with C candidates per sequence -> one token per candidate, as the next action of its
+        history: the fields of `lay_out` (B, C) and `positions` in the row. Its own feedback has code 0."""
         lengths = batch["history_lengths"]  # (B, C)
         row = {
             "token_ids": batch["candidate_ids"],
@@ -122,9 +123,9 @@ class Inputs(nn.Module):
     def insert_tokens(
         self, batch: dict[str, Tensor], prefix: bool
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """For `lay_out`: rows with tokens that are no items, queries, and which tokens are items (B, S)."""
+        """For `lay_out`: (row with profile and time tokens inserted, queries, int64 (B, S): 1 = an item)."""
         ids = batch["item_ids"]  # (B, T)
-        first, body = [ids[:, :0]], [ids[..., None]]  # each (B, n), and (B, T, n); 0 where there is no token
+        first, body = [ids[:, :0]], [ids[..., None]]  # lists of (B, n) and of (B, T, n); 0 = no token
         if len(self.first_profile) and prefix:
             first.append(batch["profiles"] + self.first_profile)
         if self.has_time_tokens:
@@ -135,16 +136,16 @@ class Inputs(nn.Module):
         width, step = first.shape[1], body.shape[2]
         slots = torch.cat([first, body.flatten(1)], dim=1)  # (B, P + T n)
         there = slots != PADDING
-        positions = there.cumsum(1) - 1  # in the row, or of the last token before
+        positions = there.cumsum(1) - 1  # in the row; an empty slot has that of the last token before it
         size = int(positions[:, -1].max()) + 1
         target = positions.masked_fill(~there, size)
 
         def close_up(values: Tensor) -> Tensor:
-            """(B, P + T n) in slots -> (B, S) without the empty ones"""
+            """Values per slot (B, P + T n) -> values per token (B, S), without empty slots"""
             return values.new_zeros(len(values), size + 1).scatter(1, target, values)[:, :size]
 
         def by_action(name: str, in_prefix: Tensor, of_next: Tensor) -> Tensor:
-            """A field (B, T) for all tokens: items have their own value"""
+            """A batch field (B, T) -> (B, S): its value for items, `of_next` for time tokens after them"""
             values = of_next[..., None].repeat(1, 1, step)  # (B, T, n)
             values[..., 0] = batch[name]
             return close_up(torch.cat([in_prefix.expand(-1, width), values.flatten(1)], dim=1))
@@ -152,7 +153,7 @@ class Inputs(nn.Module):
         is_item = torch.zeros_like(slots)
         is_item[:, width::step] = 1
         row = batch | {"token_ids": close_up(slots)}
-        if "timestamps" in batch:  # a time token comes when the next action does
+        if "timestamps" in batch:  # a time token has the time of the action that it announces
             begin, after = batch["timestamps"][:, :1], batch["next_timestamps"]
             row["timestamps"] = by_action("timestamps", begin, after)
             row["next_timestamps"] = by_action("next_timestamps", begin, after)
@@ -163,12 +164,12 @@ class Inputs(nn.Module):
         return row, positions[:, query::step], close_up(is_item)
 
     def calendar_tokens(self, times: Tensor) -> Tensor:
-        """(...) seconds -> (..., 2): weekday and hour, from the first token of their range on"""
+        """Seconds since 1970 (...) -> weekday and hour (..., 2), as offsets from the first hour token"""
         weekday, hour = calendar(times)
         return torch.stack([HOURS + weekday, hour], dim=-1)
 
     def tokens_of_next(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T, 3): weekday, hour and gap of the action after each; 0 where it is not to be known"""
+        """(B, T, 3): tokens for weekday, hour and gap of the action after each; 0 if unknown to the model"""
         times, after = batch["timestamps"], batch["next_timestamps"]
         gaps = after - times  # (B, T)
         session = (gaps >= SESSION)[..., None]
@@ -180,12 +181,12 @@ class Inputs(nn.Module):
 
 
 class ItemContent(nn.Module):
-    """Content of items in the item table, gated by what their ids say (as LiGR gates its branches):
+    """Adds item content to the item table, gated by the id vector (as LiGR gates its branches):
 
-        row = id + sum over modalities of sigmoid(W id) * content
+        row = id + sum over features of sigmoid(W id) * content
 
-    so that an item without an id vector, which no one has chosen yet, is known by half its content. Vectors
-    of words are averaged; frozen vectors (text, images) are projected. Both start at 0."""
+    Content is the mean of trained word vectors, or a projection of frozen vectors (text, images); both start
+    at 0. A cold item, whose id vector is 0, is represented by half its content, as sigmoid(0) = 1/2."""
 
     def __init__(self, cfg: ModelConfig, features: dict[str, np.ndarray]):
         super().__init__()
@@ -203,8 +204,8 @@ class ItemContent(nn.Module):
             self.gates.append(ZeroLinear(cfg.dim, cfg.dim, bias=False))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Vectors of ids (V, D) -> the item table (V, D). In training a share of `id_dropout` of the items
-        goes without an id (DropoutNet, NeurIPS 2017), so that content learns to stand alone."""
+        """Id vectors (V, D) -> the item table (V, D). In training, the id vectors of a random share
+        `id_dropout` of the items are zeroed (DropoutNet, NeurIPS 2017), as if they were cold."""
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
         table = ids

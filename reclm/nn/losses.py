@@ -1,10 +1,10 @@
 """Training objectives: pure functions of hidden states and the item table.
 
-All take hidden (M, D), the item table (V, D), targets (M,), negatives (N,) shared by all positions
-or (M, N), and `excluded`, and return the SUM over the M positions as a scalar; the caller divides by the
-number of targets of all processes. Padding has been dropped before. `excluded` is a bool (M, N) of the
-negatives that do not count, or for a loss without negatives an `Excluded`; None where nothing is.
-Nothing here is of shape (B, V) or (M, V): there may be millions of items.
+Each takes float32 hidden (M, D) of the M positions with a target, the item table (V, D), targets (M,),
+negatives (N,) shared by all positions or (M, N), and `excluded`: a bool (M, N) that is True for negatives to
+ignore, an `Excluded` for a loss without negatives, or None. Each returns a scalar, the SUM over the M
+positions in nats: the caller divides it by the number of targets of all processes.
+No tensor grows with M times V, since there may be millions of items.
 """
 
 import math
@@ -14,34 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores that `softmax` works on at once: 2 MiB stay in the cache of a CPU, a GPU wants large products.
+# Scores per chunk of `softmax`: 2 MiB fit into the cache of a CPU; a GPU is faster with larger products.
 CHUNK_SCORES = {"cpu": 2**19, "cuda": 2**27}
-CHUNK_POSITIONS = 128  # at least, however large the catalogue
+CHUNK_POSITIONS = 128  # positions per chunk at least, however large the catalogue
 
 
 class Excluded(NamedTuple):
-    """Items that a sequence is not compared with. The target always counts."""
+    """Items not used as negatives: the user's history and cold items. A target is never excluded."""
 
     seen_items: Tensor  # (B, L) the user's history, padded with 0
-    owner: Tensor  # (M,) the sequence of each position
-    cold_items: Tensor  # (n,) items that are never trained
+    owner: Tensor  # (M,) the sequence, 0 .. B - 1, of each position
+    cold_items: Tensor  # (n,) items held out of training
 
 
 def exclude_negatives(negatives: Tensor, targets: Tensor, excluded: Excluded | None) -> Tensor:
-    """Distinct negatives (N,), targets (M,) -> bool (M, N): the target itself, and what is `excluded`."""
+    """Distinct negatives (N,), targets (M,) -> bool (M, N): True where one is the target or excluded."""
     if excluded is None:
         return negatives == targets[:, None]
+    # Binary search in the N negatives: a (B, V) mask, or comparing all L x N pairs, would cost far more.
     ordered, order = negatives.sort()
     place = torch.searchsorted(ordered, excluded.seen_items).clamp(max=len(negatives) - 1)  # (B, L)
     found = ordered[place] == excluded.seen_items
-    columns = order[place].masked_fill(~found, len(negatives))  # (B, L): the last column is for the others
+    columns = order[place].masked_fill(~found, len(negatives))  # (B, L); misses go to column N, cut off below
     seen = torch.isin(negatives, excluded.cold_items)  # (N,)
     seen = F.pad(seen, (0, 1)).repeat(len(place), 1).scatter_(1, columns, True)[:, :-1]  # (B, N)
     return seen[excluded.owner] | (negatives == targets[:, None])
 
 
 def score(hidden, table, targets, negatives, excluded) -> tuple[Tensor, Tensor]:
-    """Scores of targets (M,) and negatives (M, N); excluded negatives are -inf: they cost nothing."""
+    """Scores of targets (M,) and of negatives (M, N). Excluded negatives score -inf, which costs nothing."""
     positive = (hidden * F.embedding(targets, table)).sum(-1)  # (M,)
     rows = F.embedding(negatives, table)  # (N, D) or (M, N, D)
     negative = hidden @ rows.T if rows.dim() == 2 else (rows @ hidden[:, :, None])[:, :, 0]  # (M, N)
@@ -51,11 +52,12 @@ def score(hidden, table, targets, negatives, excluded) -> tuple[Tensor, Tensor]:
 
 
 def classify(hidden, table, targets, negatives, excluded) -> tuple[Tensor, Tensor]:
-    """Costs -log s(r+) (M,) and -log(1 - s(r-)) (M, N) of telling the target from N negatives.
+    """Binary cross entropies -log s(r+) of targets (M,) and -log(1 - s(r-)) of negatives (M, N), in nats;
+    s is the sigmoid.
 
-    Logits are scores - log N, so that a score of 0 means "as likely as any other of the 1 + N", which is
-    what a fresh model should predict; with N = 1 the shift is 0. It is the same for all items: ranks do not
-    see it. (Noise-contrastive estimation, Gutmann & Hyvarinen 2010, eq. 4, with uniform noise.)"""
+    Logits r are scores - log N, so that a score of 0, the mean of an untrained model, gives the target
+    the probability 1 / (1 + N). The shift is 0 for N = 1, and the same for all items, so ranks do not change.
+    (Noise-contrastive estimation, Gutmann & Hyvarinen 2010, eq. 4, with uniform noise.)"""
     positive, negative = score(hidden, table, targets, negatives, excluded)
     shift = math.log(negative.shape[1])
     return F.softplus(shift - positive), F.softplus(negative - shift)
@@ -68,8 +70,8 @@ def bce(hidden, table, targets, negatives, excluded=None) -> Tensor:
 
 
 def gbce(hidden, table, targets, negatives, excluded=None, t=0.75) -> Tensor:
-    """Generalised BCE of gSASRec (arXiv 2308.07192, eq. 10 and 14): s(r+) to the power beta, which undoes
-    the overconfidence that sampling negatives brings. t = 0 is plain BCE."""
+    """Generalised BCE of gSASRec (arXiv 2308.07192, eq. 10 and 14): s(r+) to the power beta, which corrects
+    the overconfidence due to sampled negatives. `t` is the calibration; t = 0 is plain BCE."""
     positive, negative = classify(hidden, table, targets, negatives, excluded)
     alpha = min(1.0, negative.shape[1] / (table.shape[0] - 2))  # sampling rate: N of V - 2 non-targets
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
@@ -77,21 +79,21 @@ def gbce(hidden, table, targets, negatives, excluded=None, t=0.75) -> Tensor:
 
 
 def sampled_softmax(hidden, table, targets, negatives, excluded=None) -> Tensor:
-    """Cross entropy of the target among itself and the negatives (uniform draws need no correction)."""
+    """Cross entropy over the target and its negatives. Drawn uniformly, they need no logQ correction."""
     positive, negative = score(hidden, table, targets, negatives, excluded)
     scores = torch.cat([positive[:, None], negative], dim=1)  # (M, 1 + N)
     return (scores.logsumexp(1) - positive).sum()
 
 
 def softmax(hidden, table, targets, negatives=None, excluded: Excluded | None = None) -> Tensor:
-    """Cross entropy over the whole catalogue, row 0 (padding) left out. Leaving out the user's history as
-    well trains for what is ranked: seen items are no candidates there either."""
+    """Cross entropy over all items but those `excluded` (row 0, padding, is not an item). Excluding
+    the user's history matches the evaluation, where seen items are not ranked either."""
     return ChunkedSoftmax.apply(hidden, table, targets, *(excluded or (None, None, None)))
 
 
 class ChunkedSoftmax(torch.autograd.Function):
-    """The sum of `softmax` and its gradients in one pass, some positions at a time: the (M, V) scores are
-    never held, as in torch's linear_cross_entropy, whose candidates are the same for all sequences."""
+    """`softmax` and its gradients in one pass over chunks of positions, so the (M, V) scores are never held.
+    torch's linear_cross_entropy does the same, but cannot exclude other items per sequence."""
 
     @staticmethod
     def forward(ctx, hidden, table, targets, seen_items, owner, cold_items) -> Tensor:
@@ -103,15 +105,16 @@ class ChunkedSoftmax(torch.autograd.Function):
             h, target = hidden[part], targets[part, None]  # (m, D), (m, 1)
             scores = h @ table.T  # (m, V)
             wanted = scores.gather(1, target)
-            if seen_items is not None:  # the few ids: a (B, V) mask would cost a pass over all scores
+            if seen_items is not None:  # write at few ids: a (B, V) mask would take a pass over all scores
                 scores.scatter_(1, seen_items[owner[part]], -torch.inf)
                 scores.index_fill_(1, cold_items, -torch.inf)
             scores[:, 0] = -torch.inf
             scores.scatter_(1, target, wanted)  # a target is never excluded
-            top = scores.amax(1, keepdim=True)
-            weights = scores.sub_(top).exp_()  # (m, V), probabilities but for their sum
+            top = scores.amax(1, keepdim=True)  # subtracted, so that exp() cannot overflow
+            weights = scores.sub_(top).exp_()  # (m, V), unnormalised probabilities
             mass = weights.sum(1, keepdim=True)
             total += (top + mass.log() - wanted).sum()
+            # d loss / d scores = softmax - one-hot: the first term here, the second after the loop.
             grad_hidden[part] = weights @ table / mass
             grad_table.addmm_(weights.T, h / mass)
         grad_hidden -= F.embedding(targets, table)

@@ -1,13 +1,14 @@
-"""Checkpoints: epoch_N.pth, last.pth, best.pth. Written whole or not at all, read with nothing but data.
+"""Checkpoints: epoch_N.pth, last.pth, best.pth. Written atomically, and loaded as tensors and plain values
+only (weights_only=True), so that a file cannot run code.
 
-    version, config (flat)
+    version, config             config: the flat settings
     model                       the weights to evaluate
-    trained, optimizer          the weights to train on, where --ema makes them differ; its state
-    progress, history           main.Progress; one row per epoch
-    dataset, protocol, fingerprint, ids   which data it fits
+    trained, optimizer          the weights to train on, where --ema makes them differ; the optimizer's state
+    progress, history           main.Progress; the log rows of all epochs
+    dataset, protocol, fingerprint, ids      the data that it fits
     vocabulary, items, titles, genre_names   what inference needs of the data (`about_data`)
 
-No random state: all draws are functions of (seed, epoch, step, process), see `seed_step`.
+There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
 """
 
 import os
@@ -25,12 +26,12 @@ from reclm.errors import UserError, first_line
 from reclm.run import dist
 from reclm.run.logger import say
 
-VERSION = 6  # raise it when the same file would mean another model, and teach `upgrade` the step
-NO_LONGER = {  # settings of version 4 that are gone, and what they are now
+VERSION = 6  # raise it when the same file would mean another model, and extend `upgrade`
+NO_LONGER = {  # settings of version 4 that were removed, and the values that are now fixed
     "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
     "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
 }  # fmt: skip
-RENAMED = {  # beginnings of names of weights
+RENAMED = {  # prefixes of weight names in version 4
     "click_head.": "head.",
     "inputs.action_embedding.": "inputs.code_embeddings.actions.",
     "inputs.context_embedding.": "inputs.code_embeddings.contexts.",
@@ -38,14 +39,15 @@ RENAMED = {  # beginnings of names of weights
 
 
 def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
-    """Write `state` once and give it all of `names`. Raises UserError; what was there stays whole."""
+    """Write `state` to `out_dir` under each of `names`. Each file is replaced atomically, so a crash or a
+    full disk leaves the previous one intact. Raises UserError if it cannot be written."""
     first, *others = [out_dir / name for name in names]
     work = first.with_name(f".{first.name}.writing")
     try:
         with open(work, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a renamed but empty file
+            os.fsync(file.fileno())  # without it a power cut could leave a renamed but empty file
         os.replace(work, first)
         for other in others:
             work = other.with_name(f".{other.name}.writing")
@@ -57,15 +59,15 @@ def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
             os.replace(work, other)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
-            f"cannot save {first} ({error}): free some space and go on with "
-            f"--resume=auto --out_dir={out_dir}; the previous checkpoint is whole"
+            f"cannot save {first} ({error}): free some disk space and continue with "
+            f"--resume=auto --out_dir={out_dir}; the previous checkpoint is intact"
         ) from None
     finally:
         work.unlink(missing_ok=True)
 
 
 def prune(out_dir: Path, keep_last: int, spare: str) -> None:
-    """Delete all but the newest `keep_last` epoch files (0 = none), and never `spare`."""
+    """Delete epoch_N.pth files but the newest `keep_last` and `spare`; with keep_last = 0 delete none."""
     if keep_last:
         for path in epoch_files(out_dir)[:-keep_last]:
             if path.name != Path(spare).name:
@@ -73,29 +75,30 @@ def prune(out_dir: Path, keep_last: int, spare: str) -> None:
 
 
 def epoch_files(out_dir: Path) -> list[Path]:
-    """epoch_N.pth by N."""
+    """The epoch_N.pth files of a folder, in the order of N."""
     number = re.compile(r"epoch_(\d+)\.pth")
     found = [(number.fullmatch(path.name), path) for path in Path(out_dir).glob("epoch_*.pth")]
     return [path for match, path in sorted((int(m[1]), p) for m, p in found if m)]
 
 
 def find_checkpoint(name: str, out_dir: Path) -> Path:
-    """The file called `name` in out_dir, or at the path `name`. Raises UserError listing what there is."""
+    """The path of the file `name` in out_dir, else of the file at the path `name`. Raises UserError, listing
+    the checkpoints in out_dir, if there is neither."""
     for path in (Path(out_dir) / name, Path(name)):
         if path.is_file():
             return path
     there = [path.name for path in epoch_files(out_dir)]
     there += [name for name in ("best.pth", "last.pth") if (Path(out_dir) / name).is_file()]
     raise UserError(
-        f"no checkpoint {name} in {out_dir}; there are: {', '.join(there) or 'none'}"
+        f"no checkpoint {name} in {out_dir}; available: {', '.join(there) or 'none'}"
         + ("" if there else " (train first: --eval_only=false)")
     )
 
 
 def about_data(dataset: Dataset) -> dict:
-    """What a checkpoint holds of the data."""
+    """The entries of a checkpoint that describe the data: identity, vocabulary, ids and titles."""
 
-    def plain(array: np.ndarray) -> torch.Tensor | list[str]:  # numbers, or text: no pickled objects
+    def plain(array: np.ndarray) -> torch.Tensor | list[str]:  # types that weights_only=True can load
         return torch.from_numpy(np.array(array)) if array.dtype.kind in "iuf" else array.tolist()
 
     vocabulary = vars(dataset.vocabulary) | {
@@ -114,43 +117,44 @@ def about_data(dataset: Dataset) -> dict:
 
 
 def read_vocabulary(state: dict) -> Vocabulary:
-    """The sizes a checkpoint's model was built with, from the file alone."""
+    """The Vocabulary that the model of a checkpoint was built with, from the file alone."""
     saved = state["vocabulary"]
     features = {name: rows.numpy() for name, rows in saved["features"].items()}
     return Vocabulary(**saved | {"cold_items": saved["cold_items"].numpy(), "features": features})
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state in a file, on the CPU. Raises UserError for a truncated or foreign file."""
+    """The state in a file, on the CPU, upgraded to VERSION. Raises UserError for a truncated or foreign file
+    and for one of an unsupported version."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch did not write; refused below
+            warnings.simplefilter("ignore")  # about pickles that torch did not write; refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
         raise UserError(
             f"{path} is truncated or not a checkpoint ({first_line(error)}): "
-            "use another --ckpt_name or --resume"
+            "choose another with --ckpt_name or --resume"
         ) from None
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of this program: use another one")
+        raise UserError(f"{path} is not a checkpoint of this program: choose another file")
     if state.get("version") in (4, 5):
         upgrade(state, path)
     if state.get("version") != VERSION:
         raise UserError(
-            f"{path} was written by another version of this program: train again, or use that one"
+            f"{path} was written by another version of this program: use that version or train again"
         )
     return state
 
 
 def upgrade(state: dict, path: Path) -> None:
-    """Bring a file of version 4 or 5 up to date, in place; one of version 4 lacks the data for inference
-    (`about_data`). Raises UserError where it was trained with a setting that is gone."""
+    """Convert a state of version 4 or 5 to VERSION, in place; one of version 4 still lacks the data that
+    inference needs (`about_data`). Raises UserError if it was trained with a setting that was removed."""
     config = state["config"]
     config.pop("pad_to", None)  # it never changed a weight
     if config.get("time_head"):
-        raise UserError(f"{path} has an older --time_head, which is gone: use the version that wrote it")
-    if config["task"] == "ctr":  # histories used to include earlier rows of the same second
+        raise UserError(f"{path} has an older kind of --time_head: use the version that wrote it")
+    if config["task"] == "ctr":  # histories included earlier rows of the same second then
         config["ctr_delay"] = 0.0
     if state["version"] == 4:
         upgrade_from_4(state, path)
@@ -162,8 +166,8 @@ def upgrade_from_4(state: dict, path: Path) -> None:
     for name, now in NO_LONGER.items():
         if config.pop(name, now) != now:
             raise UserError(
-                f"{path} was trained with another --{name} than {now}, which this version does not have: use "
-                "the version that wrote it"
+                f"{path} was trained with a --{name} other than {now}, which this version does not support: "
+                "use the version that wrote it"
             )
     if config.pop("schedule", None) == "constant":
         config["lr_min"] = 1.0
@@ -174,20 +178,20 @@ def upgrade_from_4(state: dict, path: Path) -> None:
 
 
 def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
-    """The checkpoint's settings overridden by what the user gave. A different value for a setting that one of
-    these parts of the checkpoint fixes (see reclm/config.py) raises a UserError that names both."""
+    """{name: value}: the checkpoint's settings, overridden by those the user has `given`. Raises UserError if
+    they differ in a setting that one of these `parts` fixes (PARTS in reclm/config.py)."""
     saved = state["config"]
     for name in fixed_names(saved, *parts):
         if name in given and name in saved and given[name] != saved[name]:
             raise UserError(
                 f"--{name}={given[name]} contradicts {path}, which has {name}={saved[name]}: "
-                "leave the flag out, or choose another checkpoint"
+                "leave the flag out or choose another checkpoint"
             )
     return saved | given
 
 
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
-    """Load the weights. Raises UserError when they belong to other data or another architecture."""
+    """Load the weights to evaluate. Raises UserError if they belong to other data or another architecture."""
     if state["fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{path} was trained on {state['dataset']} with fingerprint {state['fingerprint']}, but the "
@@ -198,29 +202,29 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Data
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this architecture: {reason}") from None
+        raise UserError(f"{path} does not fit this architecture, choose another: {reason}") from None
 
 
 def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config) -> None:
-    """--init_from: copy the weights that have the same names and shapes here; the others keep their initial
-    values. Raises UserError where users or items have other numbers, or where the checkpoint has learned from
-    what this run is to be tested with."""
+    """--init_from: copy the weights whose name and shape agree with the model's; the others keep their
+    initial values. Raises UserError if users or items are numbered differently or --dim differs, and if the
+    checkpoint may have been trained on this run's test data."""
     if not path.is_file():
-        raise UserError(f"--init_from={path}: no such file; name the .pth of a run")
+        raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
     state = load_checkpoint(path)
     ours = cfg.flat()
     for name in fixed_names(ours, "leak"):
         if state["config"].get(name) != ours[name]:
             raise UserError(
                 f"--init_from={path} was trained with {name}={state['config'].get(name)}, this run has "
-                f"{name}={ours[name]}: it may have learned from what this run is tested with; train it with "
-                "the same settings of data"
+                f"{name}={ours[name]}: it may have seen this run's test data; train it with the same data "
+                "settings"
             )
     if state.get("ids") != dataset.ids:
-        raise UserError(f"--init_from={path} was trained on other users or items: use the same data")
+        raise UserError(f"--init_from={path} was trained on other users or items: train it on the same data")
     weights = model.state_dict()
     if state["model"]["item_embedding.weight"].shape != weights["item_embedding.weight"].shape:
-        raise UserError(f"--init_from={path} has another --dim than {ours['dim']}: use the same")
+        raise UserError(f"--init_from={path} was trained with another --dim than {ours['dim']}: use the same")
     shared = {
         name: value
         for name, value in state["model"].items()
@@ -228,12 +232,12 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     }
     model.load_state_dict(shared, strict=False)
     fresh = sorted({name.split(".")[0] for name in weights.keys() - shared.keys()})
-    say(f"started from {path}: {len(shared)} of {len(weights)} weights; new: {', '.join(fresh) or 'none'}")
+    say(f"started from {path}: {len(shared)} of {len(weights)} tensors; new: {', '.join(fresh) or 'none'}")
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Make dropout a function of (seed, epoch, step, share of the data): a resumed run needs no saved random
-    state, and processes that share the data share the masks."""
+    """Seed torch's generator from (seed, epoch, step, data_rank), so that dropout masks depend on these only:
+    a resumed run needs no saved random state, and processes that read the same data draw the same masks."""
     mixed = torch.tensor([seed, epoch, step, dist.data_rank()], dtype=torch.int64)
     factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F])  # primes of xxHash
     torch.manual_seed(int((mixed * factors).sum()) & (2**63 - 1))

@@ -1,7 +1,8 @@
-"""Processes: one or many, the same lines. The only module that knows what a process group is.
+"""Communication between processes, written so that callers need not know whether there is one or many. No
+other module uses torch.distributed.
 
-A process's share of the data, `data_rank` of `data_world`, is kept apart from which process it is: where the
-tensors of a model are sharded over some processes, these read the same batches."""
+Which share of the data a process reads (`data_rank` of `data_world`) is separate from its rank: processes
+that hold shards of one model would have to read the same batches. Today each process reads its own share."""
 
 import atexit
 import gc
@@ -21,23 +22,24 @@ from torch.nn.parallel import DistributedDataParallel
 from reclm.errors import UserError
 from reclm.run.process import die_with_launcher, keep_freed_memory
 
-# The process group, held until nothing else is. DDP holds it too, and as its last owner would free it with
-# the GIL taken, while gloo's threads, which must finish first, may wait for the GIL to let go of the last
-# barrier: 3 of 36 stopped runs hung at their exit. Freed by Python, it is without the GIL.
+# A reference that keeps the process group alive until free_group(). If DDP were its last owner, it would free
+# the group while holding the GIL, and wait for gloo's threads, which may need the GIL to finish the last
+# barrier: 3 of 36 stopped runs hung at exit. Python releases the GIL when it frees the group itself.
 _group = None
 
 
 @atexit.register
 def free_group() -> None:
-    """No later than this: a thread that asks for the GIL while the interpreter goes away aborts the process,
-    the most likely cause of a run that once ended so ("terminate called without an active exception")."""
+    """Free the process group before the interpreter shuts down: a thread that requests the GIL during
+    shutdown aborts the process, the likely cause of one "terminate called without an active exception"."""
     global _group
-    if getattr(sys, "last_value", None) is None:  # else a traceback holds the frames of the run, and so DDP
-        gc.collect()  # DDP is part of cycles
+    if getattr(sys, "last_value", None) is None:  # else a traceback keeps the frames of the run, and so DDP
+        gc.collect()  # DDP is part of reference cycles
         _group = None
 
 
 def rank() -> int:
+    """The index of this process, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -46,12 +48,12 @@ def num_processes() -> int:
 
 
 def data_rank() -> int:
-    """Which share of the data this process reads, from 0."""
+    """The index of the share of the data that this process reads, from 0."""
     return rank()
 
 
 def data_world() -> int:
-    """How many shares there are."""
+    """The number of shares of the data."""
     return num_processes()
 
 
@@ -61,10 +63,10 @@ def is_main() -> bool:
 
 @contextmanager
 def distributed():
-    """The process group of a torchrun launch, or nothing in a plain `python main.py`.
+    """Context manager that sets up the process group of a torchrun launch; a no-op without torchrun.
 
-    A UserError (or an OSError such as a full disk) becomes one line and exit code 2. It is raised by
-    all processes alike (see `on_main`), so one of them speaks for all.
+    A UserError, or an OSError such as a full disk, becomes one line on stderr and exit code 2. All processes
+    raise it (see `on_main`), and the main process prints it for all.
     """
     keep_freed_memory()
     try:
@@ -73,8 +75,8 @@ def distributed():
             cuda = torch.cuda.is_available()
             if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # gloo stays beside nccl: small sums live on the CPU. A long timeout, since a
-            # process may wait for another one to download and prepare the data.
+            # gloo as well as nccl, since sums of metrics are taken on the CPU. The timeout is long because
+            # processes wait while the main one downloads and prepares the data.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
             global _group
@@ -85,11 +87,11 @@ def distributed():
         if is_main():
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all processes when the first one exits: let that be the one that speaks
+        else:  # torchrun kills all processes when the first one exits: let the main one print and exit first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # before the run had anything to save
+    except KeyboardInterrupt:  # before training started, or a second Ctrl-C
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if dist.is_initialized():
@@ -97,11 +99,12 @@ def distributed():
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> this process's device. Raises UserError."""
+    """The device of this process for "auto", "cpu" or "cuda". Raises UserError if GPUs are requested but
+    missing, or fewer than the processes of this machine."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch sees no GPU here; use --device=cpu")
+        raise UserError("--device=cuda, but torch finds no GPU: use --device=cpu")
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_world > gpus:
@@ -113,15 +116,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """DDP over all processes; the model itself where there is only one."""
+    """The model wrapped in DDP, or the model itself in a run of one process."""
     if not dist.is_initialized():
         return model
-    # Buffers are the same in all processes from the start.
+    # Buffers are constants, equal in all processes, so they are not synchronised.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def sum_over_processes(values: list[float]) -> list[float]:
-    """Each of the values summed over all processes, in float64: exact for counts."""
+    """Each value summed over all processes, in float64, which is exact for counts."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -129,7 +132,7 @@ def sum_over_processes(values: list[float]) -> list[float]:
 
 
 def gather_from_processes(value) -> list:
-    """[value of process 0, of process 1, ...] in every process."""
+    """The list [value of process 0, value of process 1, ...], in every process; values must be picklable."""
     if not dist.is_initialized():
         return [value]
     values = [None] * num_processes()
@@ -138,7 +141,8 @@ def gather_from_processes(value) -> list:
 
 
 def on_main(function: Callable):
-    """Run `function` in the main process only and return its result, or raise its error, in every one."""
+    """Call `function()` in the main process and return its result in every process. A UserError or OSError is
+    raised as a UserError in every process, so that none waits for another that has failed."""
     result, failure = None, None
     if is_main():
         try:
@@ -155,5 +159,6 @@ def on_main(function: Callable):
 
 
 def barrier() -> None:
+    """Wait until all processes have called this."""
     if dist.is_initialized():
         dist.barrier()

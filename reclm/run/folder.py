@@ -1,4 +1,4 @@
-"""The folder of a run: which one, and may it be used?"""
+"""The folder of a run: find an existing one, or claim a new one without overwriting anything."""
 
 import os
 import time
@@ -15,44 +15,43 @@ LATEST = ROOT / "latest"
 
 
 def chosen_dir(given: dict) -> Path:
-    """--out_dir, or the folder of a checkpoint given by its path, or the run that runs/latest points at.
-    Raises UserError where there is none."""
+    """The existing run folder for --eval_only: --out_dir, else the folder of the checkpoint whose path is
+    --ckpt_name, else the run that runs/latest points to. Raises UserError if it does not exist."""
     ckpt = Path(given.get("ckpt_name", ""))
     if "out_dir" not in given and len(ckpt.parts) > 1 and ckpt.is_file():
         return ckpt.parent
     folder = Path(given.get("out_dir") or LATEST)
     if not folder.is_dir():
-        raise UserError(f"no run in {folder}: train first (--eval_only=false) or name an --out_dir")
+        raise UserError(f"no run in {folder}: train first (--eval_only=false) or give the --out_dir of a run")
     return settle(folder)
 
 
 def settle(folder: Path) -> Path:
-    """runs/latest -> the run it points at now; another may start while this one works."""
+    """The run that runs/latest points to now, since another run may start meanwhile; else the folder."""
     return ROOT / os.readlink(folder) if folder == LATEST else folder
 
 
 def find_resume(given: dict) -> tuple[dict | None, Path | None]:
-    """(state, path) of the checkpoint to go on from; (None, None) for a new run, (None, folder) for a
-    run that was to go on but had not saved anything yet. Raises UserError."""
+    """(state, path) of the checkpoint to resume from; (None, None) for a new run; (None, folder) for a run
+    that was stopped before its first checkpoint. Raises UserError if the file is missing or damaged."""
     resume = given.get("resume")
     if resume is None:
         return None, None
     if resume != "auto":
         if not Path(resume).is_file():
-            raise UserError(f"--resume={resume}: no such file; use --resume=auto or the path of a .pth")
+            raise UserError(f"--resume={resume}: no such file; use --resume=auto or the path of a .pth file")
         return load_checkpoint(Path(resume)), Path(resume)
     folder = Path(given.get("out_dir") or LATEST)
     if not folder.is_dir():
-        return None, None  # nothing to go on from: the same command starts and restarts a run
+        return None, None  # nothing to resume: the same command can start and restart a run
     folder = settle(folder)
     last = folder / "last.pth"
     return (load_checkpoint(last), last) if last.is_file() else (None, folder)
 
 
 def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
-    """Make the folder of this run, write the resolved settings, point runs/latest at it.
-
-    A folder that holds another run is never used. Raises UserError."""
+    """Make the folder of this run, write its settings to config.yaml and point runs/latest to it. `resumed`
+    is the path from find_resume. Raises UserError if the folder holds anything but the run to resume."""
     if resumed is not None and cfg.run.out_dir is None:
         folder = resumed if resumed.is_dir() else resumed.parent
     elif cfg.run.out_dir is not None:
@@ -62,16 +61,16 @@ def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
     held = folder.is_dir() and any(folder.iterdir())
     if resumed is None or folder not in (resumed, resumed.parent):
         goes_on = False
-    elif resumed.is_dir():  # killed before its first checkpoint: ours, if our settings lie there
+    elif resumed.is_dir():  # killed before its first checkpoint; a run folder has a config.yaml
         goes_on = (folder / "config.yaml").is_file()
     else:
         goes_on = True
         if resumed.name != "last.pth" and (folder / "last.pth").exists():
-            raise UserError(f"{folder} has gone on after {resumed.name}: give this run its own --out_dir")
+            raise UserError(f"--resume={resumed} would overwrite later epochs: choose another --out_dir")
     if held and not goes_on:
         raise UserError(
-            f"--out_dir={cfg.run.out_dir} is not empty and nothing there is overwritten: "
-            "go on with --resume=auto or choose another --out_dir"
+            f"--out_dir={cfg.run.out_dir} is not empty: "
+            "continue its run with --resume=auto or choose another --out_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(cfg))
@@ -81,7 +80,7 @@ def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
 
 
 def new_dir(name: str) -> Path:
-    """Create runs/<name>, with a number behind it where two runs start in the same second."""
+    """Create runs/<name>, or runs/<name>-2, -3, ... if another run started in the same second."""
     ROOT.mkdir(exist_ok=True)
     for number in range(1, 1000):
         folder = ROOT / (name if number == 1 else f"{name}-{number}")
@@ -90,18 +89,19 @@ def new_dir(name: str) -> Path:
             return folder
         except FileExistsError:
             continue
-    raise UserError(f"too many runs called {name}")
+    raise UserError(f"there are 999 runs called runs/{name}: give an --out_dir")
 
 
 def point_latest(folder: Path) -> None:
+    """Make the symbolic link runs/latest point to the folder."""
     work = ROOT / f".latest-{os.getpid()}"
     work.unlink(missing_ok=True)
     work.symlink_to(folder.name)
-    os.replace(work, LATEST)  # never a moment without runs/latest
+    os.replace(work, LATEST)  # atomic: runs/latest exists at every moment
 
 
 def dump_config(cfg: Config) -> str:
-    """The resolved settings as YAML that --config reads again (without the folder of this run)."""
+    """All settings but those of section `run`, as YAML that --config can read."""
     parts = []
     for section, cls in SECTIONS.items():
         if section != "run":

@@ -1,6 +1,6 @@
-"""What a person sees of a run: console, progress bar, metrics.jsonl, TensorBoard, curves.png.
+"""The output of a run: console, progress bar, metrics.jsonl, TensorBoard, curves.png.
 
-All of it in the main process; elsewhere a Logger does nothing, so the spine never asks which one it is."""
+Only the main process writes. In the others a Logger does nothing, so callers need not ask."""
 
 import json
 import sys
@@ -13,16 +13,16 @@ from reclm.run import dist
 
 
 def say(text: str = "") -> None:
-    """Print a line, once."""
+    """Print a line in the main process, above a progress bar if there is one."""
     if dist.is_main():
         tqdm.write(text)
-        sys.stdout.flush()  # into a log file, too
+        sys.stdout.flush()  # so that a log file is up to date
 
 
 class Logger:
-    """Records of one run in out_dir. `history` holds the rows of earlier epochs when a run is resumed.
+    """Writes the log of one run to out_dir. In a resumed run, `history` has the rows of earlier epochs.
 
-    Files are written through `on_main`, so that a full disk ends all processes with the same one line."""
+    Files are written through `on_main`, so that an error such as a full disk ends all processes."""
 
     def __init__(self, out_dir: Path, history: list[dict], unit: str = "targets"):
         self.out_dir, self.history, self.unit = Path(out_dir), history, unit
@@ -30,6 +30,7 @@ class Logger:
         dist.on_main(self.open)
 
     def open(self) -> None:
+        """Rewrite metrics.jsonl and drop TensorBoard points from epochs later than `history`."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
 
         (self.out_dir / "metrics.jsonl").write_text("".join(map(json_line, self.history)))
@@ -38,19 +39,20 @@ class Logger:
 
     def start_epoch(self, epoch: int, num_steps: int, first_step: int) -> None:
         if dist.is_main():
-            terminal = sys.stderr.isatty()  # in a log file: a few lines that stay, in place of many
+            terminal = sys.stderr.isatty()  # in a log file, where each update is a line, keep them few
             self.bar = tqdm(
                 total=num_steps, initial=first_step, desc=f"epoch {epoch}", unit="step",
                 leave=not terminal, mininterval=0.5 if terminal else 10, dynamic_ncols=True,
             )  # fmt: skip
 
     def step(self, loss: float, speed: float) -> None:
+        """Advance the progress bar. `loss` is per target, `speed` is in `unit` per second."""
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} {self.unit}/s", False)
             self.bar.update()
 
     def end_epoch(self, row: dict) -> None:
-        """One json record, TensorBoard scalars, the plot. Row: epoch, loss, valid metrics ..."""
+        """Write the row of an epoch, {"epoch": ..., "loss": ..., "valid/...": ...}, to all files."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -79,11 +81,12 @@ def json_line(row: dict) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file in the main process. Raises UserError, in all processes, if that fails."""
     dist.on_main(lambda: Path(path).write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
-    """Training loss and the validation metric that chooses, by epoch, as a PNG."""
+    """Plot the training loss and the metric that selects the best epoch against the epoch, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

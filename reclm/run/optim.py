@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and its schedule."""
+"""Optimizer, parameter groups, learning-rate schedule and weight averaging."""
 
 import math
 
@@ -11,8 +11,8 @@ from reclm.errors import choose
 
 
 def adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101). beta2 = .98: with .999 the variance still remembers the first steps after a
-    whole short run."""
+    """AdamW (arXiv 1711.05101). beta2 is 0.98, an average over the last 50 steps or so: with 0.999, the
+    second moment would still remember the first steps at the end of a short run."""
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
@@ -20,9 +20,9 @@ OPTIMIZERS = {"adamw": adamw}
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Three groups of weights, by their shape and the type of their module. Norm gains belong near 1 and are
-    never decayed; rows of rare items would fade between their few updates if embeddings were decayed as
-    matrices are. Frozen weights are left out. Raises UserError for an unknown --optimizer."""
+    """The optimizer, with one weight decay each for matrices, embeddings and vectors. Vectors (norm gains and
+    biases) are never decayed. Embeddings have their own, 0 by default, as rows of rare items would fade
+    between their few updates. Frozen weights are left out. Raises UserError for an unknown --optimizer."""
     matrices, embeddings, gains = [], [], []
     for module in model.modules():
         rows = embeddings if isinstance(module, nn.Embedding) else matrices
@@ -38,14 +38,14 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer
 
 
 def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
-    """Rate at optimizer step 0 .. total_steps - 1: linear warm-up times a cosine down to lr_min * lr."""
+    """The rate at optimizer step 0 .. total_steps - 1: linear warm-up times a cosine down to lr_min * lr."""
     warmup = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
     return cfg.lr * warmup * (cfg.lr_min + (1 - cfg.lr_min) * cosine)
 
 
 def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """averaged <- d averaged + (1 - d) model, in place, after optimizer step 0, 1, ...: with d = `decay`, but
-    less in the first steps, so that the initial weights are soon forgotten."""
+    """averaged <- d averaged + (1 - d) model, in place, after optimizer step `step`, counted from 0.
+    d = min(decay, (1 + step) / (10 + step)): smaller at first, to forget the initial weights soon."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average(list(averaged.parameters()), list(model.parameters()), step)

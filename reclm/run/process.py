@@ -1,4 +1,4 @@
-"""What this process asks of the operating system: memory, signals, its end."""
+"""Settings of this process in the operating system: memory allocation, signals, end with its launcher."""
 
 import ctypes
 import signal
@@ -6,26 +6,27 @@ from contextlib import suppress
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large freed tensors instead of returning them to the system at each step:
-    without this about half of a CPU training step is page faults."""
+    """Make glibc reuse the memory of large freed tensors instead of returning it to the system at each step:
+    otherwise about half of a training step on a CPU is page faults."""
     with suppress(OSError, AttributeError):  # not glibc (macOS, Windows, musl): nothing to do
         mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
+        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def die_with_launcher() -> None:
-    """End when torchrun is killed: orphaned processes would train on, and write while a resumed run does."""
+    """Have this process killed when torchrun dies: an orphan would write into the folder of a resumed run."""
     with suppress(OSError, AttributeError):  # Linux only
-        pr_set_pdeathsig = 1  # from prctl.h
+        pr_set_pdeathsig = 1  # as in prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class StopRequest:
-    """True once SIGTERM or Ctrl-C has come: the run then saves at the next step and ends.
+    """True after SIGTERM or Ctrl-C, upon which the run ends its step, saves and exits. `signal` is its
+    number.
 
-    A second Ctrl-C ends it at once."""
+    A second Ctrl-C raises KeyboardInterrupt at once, without saving."""
 
     def __init__(self):
         self.signal = None

@@ -1,4 +1,4 @@
-"""What is printed and written about a run: its data, its model, its numbers and where they come from."""
+"""Texts about a run (its data, model and metrics), and the record of settings in its result.json."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from reclm.run import dist
 
 
 def describe_data(dataset: Dataset) -> str:
-    """What is trained on, by which protocol, and what a reader of the numbers must know."""
+    """Lines on the size of the dataset, the evaluation protocol, and notes needed to interpret results."""
     lines = [
         f"data: {dataset.name}, {REPORT[dataset.task]['data'](dataset)}",
         f"protocol: {dataset.protocol}",
@@ -50,7 +50,7 @@ def describe_model(model: torch.nn.Module, num_steps: int, num_targets: int) -> 
 
 
 def describe_run(cfg: Config, dataset: Dataset) -> dict:
-    """What must stand beside a number so that it can be made again."""
+    """The part of result.json that is needed to reproduce its metrics: data, settings, code, machine."""
     return {
         "dataset": dataset.name,
         "protocol": dataset.protocol,
@@ -76,7 +76,7 @@ def ranking_settings(cfg: Config, dataset: Dataset) -> dict:
 
 
 def stamp() -> dict:
-    """When, by which code and where."""
+    """Date, commit and machine of a run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -86,7 +86,7 @@ def stamp() -> dict:
 
 
 def commit() -> str:
-    """Hash of the code's commit, "-dirty" when files differ from it; "unknown" outside a checkout."""
+    """Hash of the code's git commit, with "-dirty" if tracked files differ; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
@@ -99,6 +99,7 @@ def commit() -> str:
 
 
 def format_epoch(row: dict[str, float], task: str) -> str:
+    """One line for the log row of an epoch."""
     shown, unit = REPORT[task]["shown"], REPORT[task]["unit"]
     metrics = "  ".join(f"{name} {row[f'valid/{name}']:.4f}" for name in shown if f"valid/{name}" in row)
     return (
@@ -109,11 +110,12 @@ def format_epoch(row: dict[str, float], task: str) -> str:
 
 
 def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
+    """A table of the metrics of `evaluate`, in the form of the task."""
     return REPORT[cfg.model.task]["metrics"](title, metrics, cfg)
 
 
 def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
-    """A small table with one column per cut-off."""
+    """HR@K and NDCG@K with one column per cut-off K, MRR, and the optional metrics."""
     seen = "seen items left out" if cfg.eval.filter_seen else "seen items kept in"
     request = ", request time known" if cfg.model.request_time else ""
     rows = [f"\n{title} (all users x all items, {seen}{request})"]
@@ -123,12 +125,12 @@ def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
     rows.append("MRR".rjust(8) + f"{metrics['MRR']:9.4f}")
     if "liked/users" in metrics:
         rows.append(
-            f"the {metrics['liked/users']:,} users whose item is no negative feedback: "
+            f"{metrics['liked/users']:,} users whose item is not negative feedback: "
             f"HR@10 {metrics['liked/HR@10']:.4f}  NDCG@10 {metrics['liked/NDCG@10']:.4f}"
         )
     if "cold/HR@10" in metrics:
         rows.append(
-            f"among the items held out of training alone: "
+            f"ranked among cold items only: "
             f"HR@10 {metrics['cold/HR@10']:.4f}  NDCG@10 {metrics['cold/NDCG@10']:.4f}"
         )
     if "time_NLL" in metrics:
@@ -140,10 +142,10 @@ def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
 def format_impressions(title: str, metrics: dict[str, float], cfg: Config) -> str:
     rows = [f"\n{title} ({metrics['impressions']:,} impressions, {metrics['positives']:.1%} positive)"]
     for name in ("AUC", "GAUC", "logloss", "NE"):
-        value = f"{metrics[name]:9.4f}" if name in metrics else "not defined: there is one class only"
+        value = f"{metrics[name]:9.4f}" if name in metrics else "undefined: all labels are equal"
         rows.append(f"{name:>8} {value}")
     if "GAUC" in metrics:
-        rows[2] += f"   of {metrics['GAUC_users']:,} users with both classes"
+        rows[2] += f"   over {metrics['GAUC_users']:,} users with both classes"
     return "\n".join(rows)
 
 
@@ -159,7 +161,7 @@ def describe_files(out_dir: Path) -> str:
     return f"\nin {out_dir}/\n" + "\n".join(f"  {what:12} {name}" for what, name in names.items())
 
 
-REPORT = {  # by task: what of the data is counted, settings beside a result, the line of an epoch, a table
+REPORT = {  # per task: data counts, settings for result.json, metrics and unit for an epoch's line, the table
     "matching": {
         "data": count_interactions,
         "settings": ranking_settings,
