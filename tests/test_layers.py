@@ -14,7 +14,7 @@ MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all
     "nn": {"", "data", "nn"},
     "run": {"", "data", "run"},
 }
-MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1120, 4500
+MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1100, 4500
 MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS = 60, 8
 PACKAGE = sorted((ROOT / "reclm").rglob("*.py"))
 FILES = [*(ROOT / f"{name}.py" for name in SPINE), *PACKAGE]
@@ -144,7 +144,11 @@ def test_files_are_short(path):
 
 
 def test_the_house_is_read_in_an_afternoon():
-    lines = {path: len(path.read_text().splitlines()) for path in PROGRAM}
+    """Lines that are nothing but a comment do not count: they make the reading easier."""
+    lines = {
+        path: sum(not line.lstrip().startswith("#") for line in path.read_text().splitlines())
+        for path in PROGRAM
+    }
     assert sum(lines[ROOT / f"{name}.py"] for name in SPINE) <= MOST_OF_SPINE
     assert sum(count for path, count in lines.items() if room(name_of(path)) is not None) <= MOST_OF_PACKAGE
 
