@@ -210,7 +210,7 @@ CASES = {
     "no genres, ctr": ([BARE, *CTR, "--item_features=genres"], untimed, ["--item_features=genres", "bare"]),
     "all negative": ([DATA, "--negative_below=6"], nothing, ["--negative_below"]),
     "nan negative": ([DATA, "--negative_below=nan"], nothing, ["negative_below", "nan"]),
-    "told the time": (
+    "request time and time head": (
         [DATA, "--time_head=true", "--request_time=true", "--time_tokens=tokens"],
         nothing,
         ["--request_time=true", "--time_head=true"],

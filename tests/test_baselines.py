@@ -60,5 +60,5 @@ def test_it_ranks_in_the_harness(tmp_path):
 
 
 def test_bad_data_is_one_line(tmp_path):
-    said = here("--dataset=none.csv", cwd=tmp_path, program=baselines.main).code  # the text of SystemExit
-    assert said.startswith("error:") and "none.csv" in said and "\n" not in said
+    message = here("--dataset=none.csv", cwd=tmp_path, program=baselines.main).code  # the text of SystemExit
+    assert message.startswith("error:") and "none.csv" in message and "\n" not in message

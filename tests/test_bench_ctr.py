@@ -108,10 +108,13 @@ def test_one_by_one_is_measured_for_a_few_and_multiplied(monkeypatch):
     of_one, of_fifty = found["by number"]
     assert of_one == {
         "candidates": 1, "ms": 2000, "times the first": 1, "us per candidate": 1_000_000,
-        "history anew, ms (extrapolated)": 500, "times as long": 0.25,
+        "history encoded per candidate, ms (extrapolated)": 500, "times as long": 0.25,
     }  # fmt: skip
     assert of_fifty["times the first"] == 2 and of_fifty["us per candidate"] == 40_000
-    assert of_fifty["history anew, ms (extrapolated)"] == 25_000 and of_fifty["times as long"] == 6.25
+    assert (
+        of_fifty["history encoded per candidate, ms (extrapolated)"] == 25_000
+        and of_fifty["times as long"] == 6.25
+    )
     assert [row["ms"] for row in found["by number at once, of 50"]] == [1000]
 
 

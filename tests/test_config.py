@@ -153,8 +153,8 @@ def test_rules_of_impressions_count_for_both_tasks(useful):
 
 
 def test_items_left_out_of_the_loss_cannot_be_ranked():
-    said = refused({"filter_seen": False})
-    assert said.startswith("--filter_seen=false ") and "train with --exclude_history=false" in said
+    message = refused({"filter_seen": False})
+    assert message.startswith("--filter_seen=false ") and "train with --exclude_history=false" in message
     cfg = build_config({"filter_seen": False, "exclude_history": False})
     assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
 
@@ -258,8 +258,8 @@ def test_names_are_unique_over_sections():
 
 
 def test_written_settings_are_read_again(tmp_path):
-    said = {"lr": 5e-5, "dim": 48, "dataset": "123", "loss": "gbce", "compile": True, "weight_decay": 1e-6}
-    cfg = build_config(said)
+    given = {"lr": 5e-5, "dim": 48, "dataset": "123", "loss": "gbce", "compile": True, "weight_decay": 1e-6}
+    cfg = build_config(given)
     (tmp_path / "some.yaml").write_text(dump_config(cfg))
     again = build_config(parse_args([f"--config={tmp_path / 'some.yaml'}"]))
     for section in SECTIONS:
@@ -293,8 +293,8 @@ def test_recipes_load_and_say_how_to_run_them(path):
     text = path.read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     assert f"--config=configs/{path.name}" in header
-    said = parse_args([f"--config={path}"])
-    cfg = build_config(said)
+    given = parse_args([f"--config={path}"])
+    cfg = build_config(given)
     assert cfg.model.task in PREPARE and cfg.train.optimizer in OPTIMIZERS
     model = SequenceRecommender(cfg.model, cfg.loss, Vocabulary(50, 10))
     assert model.item_table().shape == (51, cfg.model.dim)
@@ -304,8 +304,8 @@ def test_recipes_load_and_say_how_to_run_them(path):
 def test_recipes_hold_only_what_differs_from_the_defaults(path):
     defaults = build_config({})
     values = {name: value for section in SECTIONS for name, value in vars(getattr(defaults, section)).items()}
-    said = parse_args([f"--config={path}"])
-    assert [name for name, value in said.items() if value == values[name]] == []
+    given = parse_args([f"--config={path}"])
+    assert [name for name, value in given.items() if value == values[name]] == []
 
 
 def test_there_are_recipes():

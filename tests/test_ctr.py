@@ -234,8 +234,8 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
 )
 def test_unknown_candidates_are_refused(work, line, named):
     (work / "c.csv").write_text(f"user,item\nu1,i1\n{line}\n")
-    said = here(*RANK, cwd=work, program=rank.main).code  # the text of SystemExit
-    assert said.startswith("error: ") and "\n" not in said and all(name in said for name in named)
+    message = here(*RANK, cwd=work, program=rank.main).code  # the text of SystemExit
+    assert message.startswith("error: ") and "\n" not in message and all(name in message for name in named)
     assert not (work / "ranked.csv").exists()
 
 

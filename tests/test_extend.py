@@ -1,4 +1,4 @@
-"""docs/extend.md: every patch applies, touches as many files as it says, and trains."""
+"""docs/extend.md: every patch applies, touches as many files as stated, and trains."""
 
 import re
 import shutil

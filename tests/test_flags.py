@@ -47,9 +47,9 @@ def test_booleans_in_flags_and_yaml(spelling, yaml):
 
 
 def test_values_are_converted_by_the_declared_type():
-    said = parse_args(["--lr=5e-4", "--n_layers=4", "--loss=gbce", "--dataset=ml-1m", "--lr_min=1"])
-    assert said == {"lr": 5e-4, "n_layers": 4, "loss": "gbce", "dataset": "ml-1m", "lr_min": 1.0}
-    assert isinstance(said["lr_min"], float)
+    given = parse_args(["--lr=5e-4", "--n_layers=4", "--loss=gbce", "--dataset=ml-1m", "--lr_min=1"])
+    assert given == {"lr": 5e-4, "n_layers": 4, "loss": "gbce", "dataset": "ml-1m", "lr_min": 1.0}
+    assert isinstance(given["lr_min"], float)
     assert parse_args(["--dataset=123"]) == {"dataset": "123"}
 
 
@@ -70,8 +70,8 @@ def test_a_removed_setting_is_refused_with_what_to_do_instead(name, yaml):
     assert name not in FIELDS
     wanted = f"--{name} was removed: {REMOVED[name]}"
     assert refused(["--dim=16", f"--{name}=1", "--lr=1"]) == wanted
-    said = refused([yaml(f"dim: 16\n{name}: 1\n")])
-    assert said.endswith(wanted) and "some.yaml" in said
+    message = refused([yaml(f"dim: 16\n{name}: 1\n")])
+    assert message.endswith(wanted) and "some.yaml" in message
 
 
 def test_a_removed_flag_in_every_form():
@@ -110,9 +110,9 @@ def test_every_setting_has_a_help_text(capsys):
 
 def test_yaml_numbers_in_scientific_notation(yaml):
     """PyYAML alone reads 1e-4 as text."""
-    said = parse_args([yaml("lr: 1e-4\nweight_decay: 1E-2\nnum_epochs: 3\n")])
-    assert said == {"lr": 1e-4, "weight_decay": 0.01, "num_epochs": 3}
-    assert isinstance(said["lr"], float)
+    given = parse_args([yaml("lr: 1e-4\nweight_decay: 1E-2\nnum_epochs: 3\n")])
+    assert given == {"lr": 1e-4, "weight_decay": 0.01, "num_epochs": 3}
+    assert isinstance(given["lr"], float)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_each_impression_once_behind_what_came_before_it(history, max_len, split
     file = {name: table[name].to_numpy() for name in table}
     before, found = [*known_before(table, history)], []
     for batch, row, column in shown_in(batches_of_split(dataset, split, max_len)):
-        place = batch["candidate_contexts"][row, column].item() - 1  # in the file: says which one it is
+        place = batch["candidate_contexts"][row, column].item() - 1  # in the file: identifies it
         seen = batch["history_lengths"][row, column].item()
         found.append(place)
         assert dataset.items[batch["candidate_ids"][row, column] - 1] == file["item"][place]

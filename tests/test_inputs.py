@@ -225,8 +225,8 @@ def rated(tmp_path):
     return str(tmp_path / "rated.csv")
 
 
-def chosen(path, **said):
-    cfg = build_config({"dataset": path, **said})
+def chosen(path, **message):
+    cfg = build_config({"dataset": path, **message})
     return choose_inputs(load_dataset(cfg.data), cfg)
 
 

@@ -80,9 +80,9 @@ def new_run(cfg: Config, dataset: Dataset) -> program.Run:
     return run
 
 
-def half_run(dataset: Dataset, **said) -> program.Run:
-    """A run with the settings HALF, updated by `said`."""
-    return new_run(build_config(HALF | said), dataset)
+def half_run(dataset: Dataset, **given) -> program.Run:
+    """A run with the settings HALF, updated by `given`."""
+    return new_run(build_config(HALF | given), dataset)
 
 
 def step(run: program.Run, batch: tuple) -> None:
@@ -184,7 +184,7 @@ def growth() -> dict:
         },
     }
     found = {
-        name: {value: step_ms(size, said) for value, (size, said) in values.items()}
+        name: {value: step_ms(size, given) for value, (size, given) in values.items()}
         for name, values in cases.items()
     }
     found["users, ranking them all (s)"] = {
@@ -193,10 +193,10 @@ def growth() -> dict:
     return found
 
 
-def step_ms(size: dict, said: dict) -> float:
+def step_ms(size: dict, given: dict) -> float:
     """Milliseconds per training step on synthetic data of this size, with these settings."""
     small = ML_1M | {"users": 512, "length": 400}  # (nearly) all sequences fill max_len
-    run = half_run(made_up(**small | size), **said)
+    run = half_run(made_up(**small | size), **given)
     batches = cycle(islice(run.batches.epoch(0), 2))
     [taken] = seconds([lambda: step(run, next(batches))], 3)
     return 1e3 * taken

@@ -81,7 +81,7 @@ def ranking(cfg: Config, users: int, counts: list[int], sizes: list[int], rounds
     def once(count: int) -> None:
         model(some(batch, slice(count)))
 
-    def anew() -> None:
+    def per_candidate() -> None:
         for i in range(ONE_BY_ONE):
             model(some(batch, slice(i, i + 1)))
 
@@ -89,7 +89,11 @@ def ranking(cfg: Config, users: int, counts: list[int], sizes: list[int], rounds
         with mock.patch.object(spine, "CANDIDATES_AT_ONCE", size):
             once(max(counts))
 
-    works = [*(partial(once, count) for count in counts), *(partial(at_once, size) for size in sizes), anew]
+    works = [
+        *(partial(once, count) for count in counts),
+        *(partial(at_once, size) for size in sizes),
+        per_candidate,
+    ]
     *ms, of_few = (1e3 * value for value in seconds(works, rounds))
     by_count, by_size = dict(zip(counts, ms, strict=False)), dict(zip(sizes, ms[len(counts) :], strict=True))
     of_one = of_few / ONE_BY_ONE
@@ -102,7 +106,7 @@ def ranking(cfg: Config, users: int, counts: list[int], sizes: list[int], rounds
                 "ms": ms,
                 "times the first": ms / by_count[counts[0]],
                 "us per candidate": 1e3 * ms / count / users,
-                "history anew, ms (extrapolated)": of_one * count,
+                "history encoded per candidate, ms (extrapolated)": of_one * count,
                 "times as long": of_one * count / ms,
             }
             for count, ms in by_count.items()

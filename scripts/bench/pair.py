@@ -96,8 +96,8 @@ def main() -> None:
                 show(f"round {i}, {name}", rounds[name][-1])
     results = compare(rounds)
     say(table({"": name} | row for name, row in results.items()))
-    said = {"flags": flags, "processes": args.processes, "items": args.items, "users": args.users}
-    write(args.out, said | {"before": commit(args.before), "results": results, "rounds": rounds})
+    given = {"flags": flags, "processes": args.processes, "items": args.items, "users": args.users}
+    write(args.out, given | {"before": commit(args.before), "results": results, "rounds": rounds})
 
 
 if __name__ == "__main__":

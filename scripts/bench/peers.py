@@ -148,15 +148,15 @@ def main() -> None:
     rounds = {tool: [] for tool in ("ours", *args.peers)}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        said = {"steps": args.steps, "model_name": args.model_name}
-        spec = write_interactions(args, work) | said
+        given = {"steps": args.steps, "model_name": args.model_name}
+        spec = write_interactions(args, work) | given
         for i in range(args.rounds):
             for tool, rows in rounds.items():
                 rows.append(run_tool(tool, pythons, spec, work))
                 show(f"round {i}, {tool}", columns(rows[-1]))
         results = results_of(rounds)
         say(table({"": name} | row for name, row in results.items()))
-        output = {"results": results, "spec": SPEC | said, "rounds": rounds}
+        output = {"results": results, "spec": SPEC | given, "rounds": rounds}
         if args.time_to:
             spec |= {"time_to": args.time_to, "time_limit": args.time_limit}
             output["time_to"] = {tool: run_tool(tool, pythons, spec, work) for tool in rounds}

@@ -17,10 +17,10 @@ from reclm.run import dist
 
 def settings(spec: dict) -> dict:
     """The sizes of the comparison, or our defaults when timing to a score."""
-    said = {"dataset": spec["csv"], "device": "cpu", "model_name": spec["model_name"]}
+    given = {"dataset": spec["csv"], "device": "cpu", "model_name": spec["model_name"]}
     if spec["time_to"]:
-        return said
-    return spec | said | {"exclude_history": False}  # no peer excludes the history from the loss
+        return given
+    return spec | given | {"exclude_history": False}  # no peer excludes the history from the loss
 
 
 def ours(spec: dict) -> dict:
