@@ -9,6 +9,7 @@ import pytest
 from launch import MAIN, TINY, here, write_csv
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
+import evaluate_groups
 import results
 
 SCRIPT = MAIN.parent / "scripts" / "results.py"
@@ -137,6 +138,36 @@ def test_a_record_is_made_from_a_run_and_remade(tmp_path, capfd):
     (tmp_path / "r.jsonl").write_text(line)
     assert results.check("made", tmp_path)
     assert "within .0040, the noise of a seed" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------- groups of users
+
+
+def test_two_groups_of_users_make_up_all_of_them(tmp_path):
+    """Their means, weighted by their sizes, are those of the evaluation; the groups are those of a loop."""
+    write_csv(tmp_path / "tiny.csv")
+    here(*TINY, "--dataset=tiny.csv", "--out_dir=run", cwd=tmp_path).ok()
+    whole = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    command = ("--rows=rating >= 5 and timestamp > 1008", "--out_dir=run")
+    shown = here(*command, cwd=tmp_path, program=evaluate_groups.main).stdout
+    lines = re.findall(r"^test +(.*?) +(\d+) users +HR@10 (.{6}) +NDCG@10 (.{6})$", shown, re.MULTILINE)
+    assert [words for words, *_ in lines] == ["with such a row", "all others"]
+    counts = [int(count) for _, count, *_ in lines]
+    for name, column in (("HR@10", 2), ("NDCG@10", 3)):
+        total = sum(count * float(line[column]) for count, line in zip(counts, lines, strict=True))
+        assert abs(total / sum(counts) - whole[name]) < 1e-4
+    rows = [row.split(",") for row in (tmp_path / "tiny.csv").read_text().splitlines()]
+    user, rating, time = (rows[0].index(name) for name in ("user", "rating", "timestamp"))
+    chosen = {row[user] for row in rows[1:] if int(row[rating]) >= 5 and int(row[time]) > 1008}
+    assert 0 < counts[0] == len(chosen) < sum(counts)
+
+
+def test_a_condition_that_is_none_is_one_line(tmp_path):
+    write_csv(tmp_path / "tiny.csv")
+    here(*TINY, "--dataset=tiny.csv", "--num_epochs=1", "--out_dir=run", cwd=tmp_path).ok()
+    message = here("--rows=price > 3", "--out_dir=run", cwd=tmp_path, program=evaluate_groups.main).code
+    assert message.startswith("error: --rows=price > 3") and "columns: user, item" in message
+    assert "\n" not in message
 
 
 # ---------------------------------------------------------------- curves
