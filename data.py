@@ -23,7 +23,6 @@ A batch is a dict of tensors, all that the model knows of the data:
     rows            (B, C) int64   row of the candidate in Dataset
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from reclm.config import DataConfig, LossConfig, TrainConfig
+from reclm.data.cache import read_cache
 from reclm.data.dataset import Dataset
 from reclm.data.features import FEEDBACK, WORDS
 from reclm.data.impressions import SPLITS
@@ -51,15 +51,17 @@ def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
     work; the others read its cache, so all need the same file system. Raises UserError where there are no
     data or they are malformed."""
 
-    def find_and_prepare() -> tuple[Source, Path]:
+    def find_and_prepare() -> tuple[Source, Path, list[str]]:
         source = find_dataset(cfg.dataset, cfg.folder)
-        return source, prepare(source, cfg, task)
+        return source, *prepare(source, cfg, task)
 
-    source, folder = dist.on_main(find_and_prepare)
-    arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    source, folder, notes = dist.on_main(find_and_prepare)
+    found = read_cache(folder)
+    if found is None:
+        raise UserError(f"process {dist.rank()} cannot read {folder}: let RECLM_CACHE name a shared folder")
+    meta, arrays = found
     words = {name: arrays.pop(name) for name in WORDS}
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["notes"] = [*source.notes, *meta["notes"]]
+    meta["notes"] = [*notes, *source.notes, *meta["notes"]]
     return Dataset(name=source.name, words=words, **meta, **arrays)
 
 
@@ -206,6 +208,11 @@ class TrainBatches:
         self.loss, self.cfg = loss, cfg
         self.sequences = SEQUENCES[dataset.task](dataset, max_len, loss)
         self.num_targets = self.sequences.num_targets  # per epoch
+        if not len(self.sequences.sizes):
+            raise UserError(
+                "nothing is left to train on: two actions per user are held out, and a next item needs two "
+                "more; use data with users of four actions or more"
+            )
         if len(self.sequences.sizes) < dist.data_world():
             raise UserError(
                 f"{dist.data_world()} processes, but only {len(self.sequences.sizes)} sequences to train on: "

@@ -29,7 +29,7 @@ from data import load_dataset
 from evaluate import score_impressions
 from main import open_checkpoint
 from reclm.config import DataConfig
-from reclm.data import readers, sources
+from reclm.data import sources
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import rank
@@ -134,8 +134,9 @@ def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
         rows = zip(users, items, tags, (items + tags) % 2, strict=True)
         lines = ["user_id,item_id,tag_id,label", *(",".join(map(str, row)) for row in rows)]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-    monkeypatch.setattr(sources, "X1_MD5", {f"{name}.csv": md5[f"{name}.csv"] for name in readers.SPLITS})
+    files = [folder / f"{name}.csv" for name in ("train", "valid", "test")]  # in reading order
+    md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in files}
+    monkeypatch.setattr(sources, "X1_MD5", md5)
     recipe = f"--config={MAIN.parent / 'configs' / 'ctr_movielens_latest.yaml'}"
     here(recipe, *MODEL, "--num_epochs=6", "--max_len=50", "--out_dir=tags", cwd=tmp_path).ok()
     result = read_json(tmp_path / "tags" / "result.json")

@@ -577,10 +577,10 @@ def test_changed_file_is_read_again(tmp_path):
     file = write_csv(tmp_path / "a.csv", rows)
     source = find_dataset(str(file), tmp_path)
     cfg = DataConfig()
-    first = prepare(source, cfg)
-    assert prepare(source, cfg) == first != prepare(source, DataConfig(min_item_count=2))
+    first, _ = prepare(source, cfg)
+    assert prepare(source, cfg)[0] == first != prepare(source, DataConfig(min_item_count=2))[0]
     write_csv(file, [*rows, (0, 9, 1, 9)])
-    second = prepare(source, cfg)
+    second, _ = prepare(source, cfg)
     assert second != first and first.exists()
     assert len(np.load(second / "item_ids.npy")) == len(rows) + 1
 
@@ -599,11 +599,11 @@ def test_a_failing_prepare_leaves_nothing(tmp_path, monkeypatch, when):
         if when == "reading":
             patch.setattr("reclm.data.prepare.read_dataset", fail)
         else:
-            patch.setattr("reclm.data.prepare.json.dumps", fail)  # after the arrays
-        with pytest.raises(OSError, match="disk full"):
+            patch.setattr("reclm.data.cache.json.dumps", fail)  # after the arrays
+        with pytest.raises((OSError, UserError), match="disk full"):
             prepare(source, DataConfig())
     assert not cache.exists() or list(cache.iterdir()) == []
-    assert prepare(source, DataConfig()).exists()
+    assert prepare(source, DataConfig())[0].exists()
     assert len(list(cache.iterdir())) == 1
 
 

@@ -104,7 +104,7 @@ BAD = {
     "timestamp": ("", "nan", "NaN", "noon", "-1", "inf", "1e999", "True"),
     "label": ("", "2", "-1", "0.5", "nan", "True", "yes"),
     "context": ("", " "),
-    "split": ("", "1", "dev", "Train", "train "),
+    "split": ("", "1", "eval", "Train", "train "),
 }
 FORMATS = {  # separator, header, path of the file, name of the dataset
     "1m": ("::", "", "ml-1m/ratings.dat", "ml-1m"),
@@ -150,7 +150,7 @@ def test_bad_parquet_row_is_named(tmp_path):
     good = {"user": ["1", "2"], "item": [1, 2], "rating": [1.0, 2], "timestamp": [1.0, 2]}
     good |= {"label": [1, 0], "context": ["1", "2"], "split": ["train", "test"]}
     bad = {"user": [None, ""], "item": [None, 2.5], "rating": [np.nan, "good"]}
-    bad |= {"label": [2, None], "context": [None, " "], "split": [None, "dev"]}
+    bad |= {"label": [2, None], "context": [None, " "], "split": [None, "eval"]}
     bad["timestamp"] = [np.nan, -1.0, np.inf, "noon", pd.Timestamp(0)]
     for column, values in bad.items():
         for value in values:

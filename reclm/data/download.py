@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -26,6 +27,7 @@ from reclm.errors import UserError
 
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens"
 TIMEOUT = 10  # seconds to wait for a response; short, so that a missing network shows soon
+PATIENCE, SLOWEST = 60, 1000  # after that many seconds, less than that many bytes per second is too slow
 GROUPLENS_MD5 = {  # as published by GroupLens next to each zip
     "ml-1m.zip": "c4d9eecfca2ab87c1945afe126590906",
     "ml-100k.zip": "0e33842e24a9c977be4e0107933c0723",
@@ -71,7 +73,7 @@ def fetch_grouplens(name: str, members: tuple[str, ...], data_dir: Path) -> None
     """
     url = f"{os.environ.get('RECLM_GROUPLENS_URL', GROUPLENS_URL).rstrip('/')}/{name}.zip"
     with _writing(data_dir):
-        if (data_dir / name / members[-1]).exists():
+        if (data_dir / name / members[-1]).is_file():
             return  # another run fetched it while this one waited for the lock
         part = data_dir / f"{name}.zip.part"
         try:
@@ -109,10 +111,15 @@ def _download(url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         bar = tqdm(desc=url, total=total, initial=have, unit="B", unit_scale=True)
+        begin, received = time.monotonic(), 0
         with bar, open(part, "ab" if have else "wb") as out:
-            while block := response.read(1 << 16):
+            while block := response.read1(1 << 16):  # what has arrived, without waiting for a whole block
                 out.write(block)
                 bar.update(len(block))
+                received += len(block)
+                seconds = time.monotonic() - begin
+                if seconds > PATIENCE and received < seconds * SLOWEST:
+                    raise OSError(f"only {received:,} bytes in {seconds:.0f} s; run again to resume")
     if total and part.stat().st_size < total:  # a lost connection looks like the end of the file
         size = part.stat().st_size
         raise OSError(f"connection lost after {size:,} of {total:,} bytes; run again to resume")

@@ -180,10 +180,16 @@ def read_matrices(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         if path.suffix == ".npy":
-            return {path.stem: np.load(path, allow_pickle=False)}
+            array = np.load(path, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an .npz archive")
+            return {path.stem: array}
         from safetensors.numpy import load_file
 
-        return load_file(path)
+        found = load_file(path)
+        if not found:
+            raise ValueError("it has no tensors")
+        return found
     except ImportError:
         raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
     except Exception as error:  # damaged files raise many types
@@ -196,7 +202,7 @@ def check_vectors(path: str, vectors: np.ndarray, dataset: Dataset) -> np.ndarra
     """(V - 1, F) float32: rows centred on their mean, then scaled to unit length. A row of zeros marks an
     item without features: it is left out of the mean and stays zero. Raises UserError unless `vectors`
     is a finite numeric matrix with one row per item."""
-    if vectors.ndim != 2 or vectors.dtype.kind not in "iuf":
+    if vectors.ndim != 2 or not vectors.shape[1] or vectors.dtype.kind not in "iuf":
         raise UserError(
             f"{path} has shape {vectors.shape} of {vectors.dtype}, expected a numeric matrix with "
             "one row per item"

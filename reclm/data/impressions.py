@@ -61,6 +61,10 @@ def label_rows(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, list
         table = table[table["rating"] != cfg.drop_rating]
         rules.append(f"ratings of {cfg.drop_rating:g} dropped")
     if "label" in table:
+        if cfg.positive_from != DataConfig.positive_from:
+            raise UserError(
+                f"--positive_from={cfg.positive_from:g} has no effect on a column label: leave it out"
+            )
         label = table["label"].astype(np.int8)
     elif "rating" in table:
         label = (table["rating"] >= cfg.positive_from).astype(np.int8)

@@ -1,10 +1,7 @@
 """Raw tables -> the arrays of a dataset, built once and cached."""
 
 import hashlib
-import json
-import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +9,20 @@ import numpy as np
 import pandas as pd
 
 from reclm.config import DataConfig
+from reclm.data.cache import cache_root, read_cache, write_cache
 from reclm.data.features import item_texts, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
-from reclm.data.sources import Source, read_dataset
+from reclm.data.readers import doubts
+from reclm.data.sources import Source, check_size, read_dataset
 from reclm.errors import UserError, choose
 
-CACHE_VERSION = 4  # part of the cache key: raise it when `prepare` changes what it writes
+CACHE_VERSION = 5  # part of the cache key: raise it when `prepare` changes what it writes
 
 
-def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
-    """The folder with the prepared arrays of `source`, built on first use: a subfolder of $RECLM_CACHE
-    [default: ~/.cache/reclm]. Its key covers the content of the files, the reader, the task and the data
-    settings. Raises UserError if the data cannot be read or used."""
+def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Path, list[str]]:
+    """The folder with the prepared arrays of `source` (reclm/data/cache.py), built on first use or if it was
+    damaged, and notes. Its key covers the content of the files, the reader, the task and the data settings.
+    Raises UserError if the data cannot be read or used."""
     select, _ = choose("task", task, PREPARE)
     places = {"dataset": None, "data_dir": None}  # the location of the files does not affect the result
     settings = (CACHE_VERSION, source.reader, task, replace(cfg, **places))
@@ -31,31 +30,23 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> Path:
     for path in source.files:
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
-    root = Path(os.environ.get("RECLM_CACHE") or Path.home() / ".cache" / "reclm")
+    root, notes = cache_root()
     folder = root / f"{source.name}-{key.hexdigest()[:16]}"
+    if read_cache(folder) is not None:
+        return folder, notes
     if folder.exists():
-        return folder
+        notes.append(f"the prepared data in {folder} were damaged and have been made again")
+        shutil.rmtree(folder, ignore_errors=True)
     raw = read_dataset(source)
-    table, protocol, notes = select(raw.interactions, cfg)
+    of_source, of_size = check_size(source, raw)
+    table, protocol, of_table = select(raw.interactions, cfg)
     meta, arrays = build_sequences(table, cfg, task)
-    meta |= {"notes": notes + meta["notes"], "protocol": protocol or source.protocol, "task": task}
+    notes_of_data = doubts(raw.interactions) + of_size + of_table + meta["notes"]
+    meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "task": task}
     arrays["profiles"] = profile_codes(raw.users, arrays["users"])
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
-    root.mkdir(parents=True, exist_ok=True)
-    # Built in a temporary folder and renamed, so that a killed run leaves no incomplete entry.
-    work = Path(tempfile.mkdtemp(dir=root, prefix=".preparing-"))
-    try:
-        for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array)
-        (work / "meta.json").write_text(json.dumps(meta))
-        try:
-            work.rename(folder)
-        except OSError:  # another run finished first, with the same content
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+    write_cache(folder, meta, arrays)
+    return folder, notes
 
 
 def build_sequences(

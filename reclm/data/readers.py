@@ -21,7 +21,9 @@ from reclm.errors import UserError
 
 IDS = ("user", "item")
 RATED = "user item rating timestamp"  # columns of GroupLens' rating files, in order
-SPLITS = ("train", "valid", "test")
+SPLITS = {name: name for name in ("train", "valid", "test")}
+SPLITS |= {"val": "valid", "validation": "valid", "dev": "valid"}  # names of others -> ours
+NO_IDS = ("null", "nan", "none", "na", "n/a")  # as text, most likely a missing id
 COLUMNS = {  # columns of interactions -> the values allowed in each
     "user": "an id",
     "item": "an id",
@@ -287,6 +289,22 @@ def _read_text(
     return table
 
 
+def doubts(table: pd.DataFrame) -> list[str]:
+    """Notes on values that were read as they are, but may mean something else."""
+    notes = []
+    if {"label", "rating"} <= set(table.columns):
+        notes.append("the column label decides what is positive (--task=ctr); ratings are only an input")
+    for column in IDS:
+        if is_string_dtype(table[column]):
+            missing = table[column][table[column].str.lower().isin(NO_IDS)]
+            if len(missing):
+                notes.append(
+                    f"{len(missing):,} rows have the {column} '{missing.iloc[0]}', read as an id: drop them "
+                    "if it means that the id is missing"
+                )
+    return notes
+
+
 def _check_values(
     table: pd.DataFrame, place: Callable[[int], str], text_ids: bool, checked: Iterable[str] = COLUMNS
 ) -> None:
@@ -300,6 +318,7 @@ def _check_values(
             continue
         if column == "split":
             bad = ~values.isin(SPLITS)
+            table[column] = values.map(SPLITS)
         elif must_be == "an id" and text_ids and is_string_dtype(values):
             bad = values.isna() | (values.str.strip() == "")
         else:

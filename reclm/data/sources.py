@@ -73,7 +73,7 @@ def _find_any(data_dir: Path) -> Source:
 
 def _find_ml_1m(data_dir: Path) -> Source:
     folder = data_dir / "ml-1m"
-    if not (folder / "ratings.dat").exists():
+    if not (folder / "ratings.dat").is_file():
         fetch_grouplens("ml-1m", ML_1M_FILES, data_dir)
     protocol = "P2: ratings.dat, stable sort by time, leave-one-out"
     return Source("ml-1m", protocol, _existing(folder, ML_1M_FILES), "grouplens-1m")
@@ -94,11 +94,11 @@ def _find_ml_100k(data_dir: Path) -> Source:
 def _local_ml_100k(data_dir: Path) -> Source | None:
     """MovieLens-100K in `data_dir`: GroupLens' files, else those of the wheel, else None."""
     protocol = "ML-100K: u.data, stable sort by time, leave-one-out"
-    if (data_dir / "ml-100k" / "u.data").exists():
+    if (data_dir / "ml-100k" / "u.data").is_file():
         files = _existing(data_dir / "ml-100k", ML_100K_FILES)
         return Source("ml-100k", protocol, files, "grouplens-100k")
     folder = data_dir / "ml-100k-recbole"
-    if (folder / "ml-100k.inter").exists():
+    if (folder / "ml-100k.inter").is_file():
         note = f"MovieLens-100K is read from {folder}, the copy in PyPI's {WHEEL}, with the same rows"
         return Source("ml-100k", protocol, _existing(folder, WHEEL_FILES), "recbole-100k", (note,))
     return None
@@ -106,7 +106,7 @@ def _local_ml_100k(data_dir: Path) -> Source | None:
 
 def _find_sasrec(data_dir: Path) -> Source:
     file = data_dir / "ml-1m" / "sasrec" / "ml-1m.txt"
-    if not file.exists():
+    if not file.is_file():
         raise UserError(
             f"{file} is missing: copy data/ml-1m.txt of github.com/pmixer/SASRec.pytorch there, or "
             "use --dataset=ml-1m --min_item_count=5, which gives the same sequences"
@@ -118,7 +118,7 @@ def _find_sasrec(data_dir: Path) -> Source:
 def _find_m1(data_dir: Path) -> Source:
     """The lists of reczoo/Movielens1M_m1, and ratings.dat, which provides their order."""
     folder, ratings = data_dir / "ml-1m" / "reczoo_m1", data_dir / "ml-1m" / "ratings.dat"
-    if not ratings.exists():
+    if not ratings.is_file():
         raise UserError(
             f"the lists of ml-1m-m1 are not chronological and need {ratings} (--dataset=ml-1m downloads it)"
         )
@@ -162,7 +162,7 @@ def _find_own_file(file: Path) -> Source:
 
 
 def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    return tuple(folder / name for name in names if (folder / name).exists())
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 FINDERS = {  # --dataset -> function of data_dir that returns its Source
@@ -173,6 +173,31 @@ FINDERS = {  # --dataset -> function of data_dir that returns its Source
     "ml-100k": _find_ml_100k,
     "movielens-latest-x1": _find_x1,
 }
+
+
+SIZES = {  # of the original data: rows, users, items
+    "ml-1m": (1_000_209, 6_040, 3_706),
+    "ml-1m-sasrec": (999_611, 6_040, 3_416),
+    "ml-100k": (100_000, 943, 1_682),
+}
+
+
+def check_size(source: Source, data: RawData) -> tuple[str, list[str]]:
+    """(protocol, notes): the protocol of a named dataset holds only for all of its rows, users and items."""
+    table = data.interactions
+    found = (len(table), table["user"].nunique(), table["item"].nunique())
+    wanted = SIZES.get(source.name, found)
+    if found == wanted or source.reader in ("csv", "parquet"):  # the user's own ml-1m.csv
+        return source.protocol, []
+    names = ("rows", "users", "items")
+    differs = ", ".join(
+        f"{have:,} {name} instead of {want:,}"
+        for name, have, want in zip(names, found, wanted, strict=True)
+        if have != want
+    )
+    note = f"{source.files[-1]} is not all of {source.name}: {differs}; do not compare with published results"
+    _, _, rules = source.protocol.partition(": ")
+    return f"not {source.name}, but {found[0]:,} rows: {rules}", [note]
 
 
 def read_dataset(source: Source) -> RawData:
