@@ -54,7 +54,7 @@ SHOWN = ("NDCG@10", "AUC")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--repo", default=ROOT, type=Path, help="checkout to run [default: this one]")
     parser.add_argument(

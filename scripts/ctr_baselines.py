@@ -207,8 +207,9 @@ def main() -> None:
         cfg.model.model_name = name  # for result.json and the name of the folder
         model = BASELINES[name](cfg.model, cfg.loss, dataset.vocabulary)
         run = program.Run(cfg, dataset, model.to(dist.pick_device(cfg.run.device)))
-        run.open(dist.on_main(lambda: folder.claim_dir(cfg, dataset.name, None)))
-        program.fit(run)
+        with folder.claimed(cfg, dataset.name, None) as out_dir:
+            run.open(out_dir)
+            program.fit(run)
 
 
 if __name__ == "__main__":

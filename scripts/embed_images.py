@@ -31,6 +31,7 @@ from data import load_dataset
 from reclm.config import build_config
 from reclm.errors import UserError, first_line
 from reclm.flags import parse_args
+from reclm.run.output import add_out, check_out, save_array
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Transform = Callable[[Image.Image], Tensor]
@@ -129,7 +130,7 @@ def embed(model: nn.Module, transform: Transform, paths: list[Path | None], batc
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--folder", type=Path, required=True, help="folder of images <item id>.jpg, .jpeg, .png"
@@ -137,12 +138,9 @@ def main() -> None:
     parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm model [default: %(default)s]")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors file to use instead of a download")
     parser.add_argument("--batch_size", type=int, default=32, help="images per pass [default: %(default)s]")
-    parser.add_argument("--out", type=Path, required=True, help=".npy file to write")
+    add_out(parser, ".npy file")
     args, others = parser.parse_known_args()
-    if args.out.exists():
-        raise UserError(f"--out={args.out} exists: remove it or choose another name")
-    if args.out.suffix != ".npy" or not args.out.parent.is_dir():
-        raise UserError(f"--out={args.out} must be a .npy file in an existing folder")
+    check_out(args, [".npy"])
     if args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size} must be at least 1")
     dataset = load_dataset(build_config(parse_args(others)).data)
@@ -151,7 +149,7 @@ def main() -> None:
     if not any(paths):
         raise UserError(f"{args.folder} has no image named <item id>.jpg, .jpeg or .png")
     vectors = embed(*load_model(args.model, args.weights), paths, args.batch_size)
-    np.save(args.out, vectors)
+    save_array(args.out, vectors)
     print(
         f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each, of "
         f"{sum(map(bool, paths)):,} images"

@@ -22,6 +22,7 @@ from reclm.config import build_config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.flags import parse_args
+from reclm.run.output import add_out, check_out, save_array
 
 
 def texts_of(dataset: Dataset) -> list[str]:
@@ -52,15 +53,16 @@ def load_model(name: str | None):
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help="sentence-transformers name or folder [default: all-MiniLM-L6-v2]")
-    parser.add_argument("--out", type=Path, required=True, help=".npy file to write")
+    add_out(parser, ".npy file")
     args, others = parser.parse_known_args()
+    check_out(args, [".npy"])
     texts = texts_of(load_dataset(build_config(parse_args(others)).data))
     vectors = load_model(args.model).encode(texts, show_progress_bar=True)  # (items, F)
     vectors[[i for i, text in enumerate(texts) if not text]] = 0
-    np.save(args.out, vectors.astype(np.float32))
+    save_array(args.out, vectors.astype(np.float32))
     print(
         f"{args.out}: {len(vectors):,} items, {vectors.shape[1]} numbers each; the first text is {texts[0]!r}"
     )

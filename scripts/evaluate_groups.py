@@ -42,7 +42,9 @@ def users_with(rows: str, dataset: Dataset) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rows", required=True, help="condition on rows, a pandas query")
     args, flags = parser.parse_known_args()
     try:

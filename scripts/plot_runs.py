@@ -2,56 +2,65 @@
 
     python scripts/plot_runs.py --out=curves.png LLaMA=runs/a HSTU=runs/b SASRec=configs/records/c.jsonl
 
-A run is its folder or a copy of its metrics.jsonl. Time is training time in minutes, without evaluation. An
-existing PNG is overwritten.
+A run is its folder or a copy of its metrics.jsonl. Time is training time in minutes, without evaluation.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reclm.errors import UserError
+from reclm.run.output import add_out, check_out, write_whole
+
 
 def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """(minutes of training so far, validation NDCG@10), one value per epoch each. Raises OSError, ValueError
-    or KeyError if `path` is not a run of matching."""
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    minutes, seconds = [], 0.0
-    for row in rows:
-        seconds += row["train_seconds"]
-        minutes.append(seconds / 60)
-    return minutes, [row["valid/NDCG@10"] for row in rows]
+    """(minutes of training so far, validation NDCG@10), one value per epoch each. Raises UserError if `path`
+    is not a run of matching."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        seconds = [float(row["train_seconds"]) for row in rows]
+        scores = [float(row["valid/NDCG@10"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run of matching or its metrics.jsonl ({error!r})") from None
+    if not rows:
+        raise UserError(f"{path} has no epochs yet")
+    return [sum(seconds[: i + 1]) / 60 for i in range(len(rows))], scores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    add_out(parser, "PNG file")
     parser.add_argument("--title", default="full ranking, validation", help="title of the plot")
     parser.add_argument(
         "runs", nargs="+", metavar="NAME=PATH", help="label=folder of the run or metrics.jsonl"
     )
     args = parser.parse_args()
+    runs = [run.rpartition("=")[::2] for run in args.runs]  # the name may contain "="
+    check_out(args, [".png"], [Path(path) for _, path in runs])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for run in args.runs:
-        name, _, path = run.rpartition("=")  # the name may contain "="
-        try:
-            minutes, scores = read_curve(Path(path))
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{run}: not a run of matching or its metrics.jsonl ({error})")
+    for name, path in runs:
+        minutes, scores = read_curve(Path(path))
         axes.plot(minutes, scores, marker="o", markersize=2.5, label=name)
-    axes.set(xlabel="minutes of training", ylabel="NDCG@10", title=args.title)
+    axes.set(xlabel="minutes of training", ylabel="NDCG@10")
+    axes.set_title(args.title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.out, dpi=110)
+    write_whole(args.out, lambda path: figure.savefig(path, dpi=110))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -30,16 +30,21 @@ from reclm.data.readers import READERS
 from reclm.errors import UserError
 from reclm.flags import parse_args
 from reclm.run import checkpoint, folder
+from reclm.run.output import add_out, check_out, write_whole
 
 
-def rank(candidates: Path, out: Path, given: dict) -> None:
-    """Write the table `candidates` with probabilities to `out`; `given` are settings as of main.py. Raises
-    UserError if the table or the checkpoint cannot be used."""
+def rank(args: argparse.Namespace, given: dict) -> None:
+    """Write the table args.candidates with probabilities to args.out; `given` are settings as of main.py.
+    Raises UserError if the table or the checkpoint cannot be used."""
+    candidates, out = args.candidates, args.out
+    check_out(args, [".csv"], [candidates, Path(given.get("dataset") or "")])
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
     if not candidates.is_file():
         raise UserError(f"--candidates={candidates} does not exist: name a .csv file")
     table = READERS["csv"]((candidates,)).interactions
     cfg, dataset, model = open_checkpoint(given, path)
+    if table.empty:
+        raise UserError(f"{candidates} has no rows: nothing to score")
     if not len(dataset.labels):
         raise UserError(f"{path} is of --task={cfg.model.task}: use a checkpoint of --task=ctr")
     asked, order = ask(dataset, table)
@@ -47,7 +52,8 @@ def rank(candidates: Path, out: Path, given: dict) -> None:
     table = table.iloc[order].assign(probability=logits.double().sigmoid().numpy())
     by_user = table["user"].map({user: i for i, user in enumerate(dict.fromkeys(table["user"]))})
     table = table.assign(place=by_user).sort_values(["place", "probability"], ascending=[True, False])
-    table.drop(columns="place").to_csv(out, index=False, float_format="%.6g")
+    table = table.drop(columns="place")
+    write_whole(out, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
     print(f"{len(table):,} candidates of {by_user.nunique():,} users, written to {out}")
 
 
@@ -98,12 +104,14 @@ def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--candidates", type=Path, required=True, help=".csv or .tsv with the candidates")
-    parser.add_argument("--out", type=Path, required=True, help=".csv file to write or overwrite")
+    add_out(parser, ".csv file")
     args, others = parser.parse_known_args()
     try:
-        rank(args.candidates, args.out, parse_args(others))
+        rank(args, parse_args(others))
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "configs" / "records"
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR", "AUC", "GAUC", "logloss", "NE")  # of either task
 SOME = ("liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10", "time_NLL", "time_MAE")
+RESULT = {"protocol", "commit", "date", "seed", "machine", "seconds", "best_epoch", "valid", "test"}
 BLOCK = re.compile(r"^(# |<!-- )block: (\S+)( -->)?\n.*?^(# |<!-- )end( -->)?$", re.DOTALL | re.MULTILINE)
 PLACEHOLDER = re.compile(r"\{(\S+) ([^{}:]+)(?::([^{}]+))?\}")
 SEED_NOISE = {"NDCG@10": 0.004, "AUC": 0.004}  # what one seed may differ by where a record has no spread
@@ -152,12 +153,26 @@ def write() -> None:
 # ---------------------------------------------------------------- results of runs
 
 
+def read_result(path: Path) -> dict:
+    """A result.json. Raises SystemExit if it is damaged or of another program."""
+    try:
+        found = json.loads(path.read_text())
+        complete = found.keys() >= RESULT and all(
+            isinstance(found[split], dict) for split in ("valid", "test")
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"error: {path} is damaged or no result of a run ({error})") from None
+    if not complete:
+        raise SystemExit(f"error: {path} is no result of a training: it needs {', '.join(sorted(RESULT))}")
+    return found
+
+
 def read_results(folders: list[str]) -> list[dict]:
     """The result.json of each run. Raises SystemExit where one is missing or they are not comparable."""
     missing = [folder for folder in folders if not (Path(folder) / "result.json").is_file()]
     if missing:
         raise SystemExit(f"error: no result.json in {', '.join(missing)}: that run has not ended")
-    results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
+    results = [read_result(Path(folder) / "result.json") for folder in folders]
     protocols = {result["protocol"] for result in results}
     if len(protocols) > 1:
         raise SystemExit(f"error: these runs follow different protocols: {', '.join(sorted(protocols))}")
@@ -240,7 +255,9 @@ def check(name: str, folder: Path = RECORDS) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--write", action="store_true", help="write all blocks of README.md, docs/, configs/")
     parser.add_argument("--check", metavar="NAME", help="remake a record and compare")
     parser.add_argument("--record", metavar="NAME", help="print the runs as records of that name")

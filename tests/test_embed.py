@@ -244,7 +244,7 @@ def test_a_folder_or_a_file_that_does_not_fit(posters):
     assert shown.stderr == "error: missing has no image named <item id>.jpg, .jpeg or .png\n"
     assert shown.returncode == 1 and not (posters / "out.npy").exists()
     assert "--batch_size=0 must be at least 1" in refused("--batch_size=0", cwd=posters)
-    assert "must be a .npy file" in refused("--out=out.bin", cwd=posters)
-    assert "in an existing folder" in refused("--out=missing/out.npy", cwd=posters)
+    assert "must end in .npy" in refused("--out=out.bin", cwd=posters)
+    assert "there is no folder missing" in refused("--out=missing/out.npy", cwd=posters)
     (posters / "out.npy").write_text("kept")
-    assert "--out=out.npy exists: remove it or choose another name" in refused(cwd=posters)
+    assert "--out=out.npy exists: choose another name or add --overwrite" in refused(cwd=posters)

@@ -1,14 +1,21 @@
 """The folder of a run: find an existing one, or claim a new one without overwriting anything."""
 
+import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
-from reclm.config import SECTIONS, Config
+from reclm.config import SECTIONS, Config, fixed_names
 from reclm.errors import UserError
-from reclm.run.checkpoint import load_checkpoint
+from reclm.run import dist
+from reclm.run.checkpoint import epoch_files, load_checkpoint
+from reclm.run.lock import LOCK, OWNER, FolderLock
+from reclm.run.logger import say
+from reclm.run.output import write_whole
 
 ROOT = Path("runs")
 LATEST = ROOT / "latest"
@@ -20,15 +27,29 @@ def chosen_dir(given: dict) -> Path:
     ckpt = Path(given.get("ckpt_name", ""))
     if "out_dir" not in given and len(ckpt.parts) > 1 and ckpt.is_file():
         return ckpt.parent
-    folder = Path(given.get("out_dir") or LATEST)
+    folder = settle(Path(given.get("out_dir") or LATEST))
     if not folder.is_dir():
         raise UserError(f"no run in {folder}: train first (--eval_only=false) or give the --out_dir of a run")
-    return settle(folder)
+    return folder
 
 
 def settle(folder: Path) -> Path:
     """The run that runs/latest points to now, since another run may start meanwhile; else the folder."""
-    return ROOT / os.readlink(folder) if folder == LATEST else folder
+    if folder != LATEST:
+        return folder
+    name = latest_name()
+    return ROOT / name if name else folder
+
+
+def latest_name() -> str | None:
+    """The name of the run that runs/latest points to, as a link or, on file systems without links, as a text
+    file; None if it is missing or something else, such as a copied folder."""
+    if LATEST.is_symlink():
+        return os.readlink(LATEST)
+    if LATEST.is_file() and LATEST.stat().st_size < 1000:
+        name = LATEST.read_text(errors="replace").strip()
+        return name if name and Path(name).name == name and (ROOT / name).is_dir() else None
+    return None
 
 
 def find_resume(given: dict) -> tuple[dict | None, Path | None]:
@@ -41,42 +62,82 @@ def find_resume(given: dict) -> tuple[dict | None, Path | None]:
         if not Path(resume).is_file():
             raise UserError(f"--resume={resume}: no such file; use --resume=auto or the path of a .pth file")
         return load_checkpoint(Path(resume)), Path(resume)
-    folder = Path(given.get("out_dir") or LATEST)
+    folder = settle(Path(given.get("out_dir") or LATEST))
     if not folder.is_dir():
         return None, None  # nothing to resume: the same command can start and restart a run
-    folder = settle(folder)
     last = folder / "last.pth"
-    return (load_checkpoint(last), last) if last.is_file() else (None, folder)
+    if last.is_file():
+        return load_checkpoint(last), last
+    others = [path.name for path in (last, folder / "best.pth", *epoch_files(folder)) if path.exists()]
+    if others:
+        raise UserError(
+            f"--resume=auto: {last} is missing or not a file, but {others[-1]} is there: continue from a "
+            f"checkpoint with --resume={folder / others[-1]}, or choose another --out_dir"
+        )
+    return None, folder
 
 
-def claim_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
-    """Make the folder of this run, write its settings to config.yaml and point runs/latest to it. `resumed`
-    is the path from find_resume. Raises UserError if the folder holds anything but the run to resume."""
+@contextmanager
+def claimed(cfg: Config, dataset: str, resumed: Path | None) -> Iterator[Path]:
+    """The folder of this run in all processes, locked until the block ends, with the settings in config.yaml
+    and runs/latest pointing to it. `resumed` is the path from find_resume. Raises UserError if another run
+    uses the folder, or if it holds anything but the run to resume."""
+    locks = []
+
+    def claim() -> Path:
+        folder = choose_dir(cfg, dataset, resumed)
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.append(FolderLock(folder))
+        write_whole(folder / "config.yaml", lambda path: path.write_text(dump_config(cfg)))
+        if folder.parent == ROOT:
+            point_latest(folder)
+        return folder
+
+    try:
+        yield dist.on_main(claim)
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def choose_dir(cfg: Config, dataset: str, resumed: Path | None) -> Path:
+    """The folder that this run may write to. Raises UserError."""
     if resumed is not None and cfg.run.out_dir is None:
         folder = resumed if resumed.is_dir() else resumed.parent
     elif cfg.run.out_dir is not None:
         folder = settle(Path(cfg.run.out_dir))
     else:
-        folder = new_dir(f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{cfg.model.model_name}")
-    held = folder.is_dir() and any(folder.iterdir())
+        return new_dir(f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{cfg.model.model_name}")
+    held = folder.is_dir() and any(path.name not in (LOCK, OWNER) for path in folder.iterdir())
+    if not held:
+        return folder
     if resumed is None or folder not in (resumed, resumed.parent):
-        goes_on = False
-    elif resumed.is_dir():  # killed before its first checkpoint; a run folder has a config.yaml
-        goes_on = (folder / "config.yaml").is_file()
-    else:
-        goes_on = True
-        if resumed.name != "last.pth" and (folder / "last.pth").exists():
-            raise UserError(f"--resume={resumed} would overwrite later epochs: choose another --out_dir")
-    if held and not goes_on:
         raise UserError(
             f"--out_dir={cfg.run.out_dir} is not empty: "
             "continue its run with --resume=auto or choose another --out_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(cfg))
-    if folder.parent == ROOT:
-        point_latest(folder)
+    if resumed.is_dir():  # stopped before its first checkpoint
+        refuse_other_run(folder, cfg)
+    elif resumed.name != "last.pth" and (folder / "last.pth").exists():
+        raise UserError(f"--resume={resumed} would overwrite later epochs: choose another --out_dir")
     return folder
+
+
+def refuse_other_run(folder: Path, cfg: Config) -> None:
+    """Raises UserError unless config.yaml in the folder holds the settings of this run."""
+    path, ours = folder / "config.yaml", cfg.flat()
+    try:
+        theirs = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        theirs = None
+    if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
+        raise UserError(f"--out_dir={folder} is not empty and no run of this version: choose another one")
+    for name in fixed_names(ours, "model", "data", "trajectory"):
+        if theirs[name] != ours[name]:
+            raise UserError(
+                f"{path} has {name}={theirs[name]}, this run has {name}={ours[name]}: "
+                "use the same settings, or a new run with another --out_dir"
+            )
 
 
 def new_dir(name: str) -> Path:
@@ -93,11 +154,34 @@ def new_dir(name: str) -> Path:
 
 
 def point_latest(folder: Path) -> None:
-    """Make the symbolic link runs/latest point to the folder."""
+    """Make runs/latest point to the folder: a link, or a text file with its name where the file system has no
+    links. A file or folder that is neither stays as it is, with a note."""
+    if LATEST.exists() and latest_name() is None and not LATEST.is_symlink():
+        say(f"NOTE: {LATEST} is not a link to a run and is left alone: name this run with --out_dir={folder}")
+        return
     work = ROOT / f".latest-{os.getpid()}"
     work.unlink(missing_ok=True)
-    work.symlink_to(folder.name)
+    try:
+        work.symlink_to(folder.name)
+    except OSError:
+        work.write_text(folder.name)
     os.replace(work, LATEST)  # atomic: runs/latest exists at every moment
+
+
+def evaluation_file(folder: Path, ckpt: Path, cfg: Config) -> Path:
+    """eval-<checkpoint>.json, with a number behind where that holds an evaluation with other settings."""
+    for number in range(1, 1000):
+        path = folder / f"eval-{ckpt.stem}{f'-{number}' if number > 1 else ''}.json"
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return path
+        except (OSError, ValueError):
+            continue  # not ours: it stays
+        same = isinstance(found, dict) and found.get("config") == cfg.flat()
+        if same and found.get("checkpoint") == str(ckpt):
+            return path
+    raise UserError(f"{folder} has 999 evaluations of {ckpt.name}: delete some, or give an --out_dir")
 
 
 def dump_config(cfg: Config) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from reclm.errors import printable
 from reclm.metrics import choosing_metric
 from reclm.run import dist
+from reclm.run.output import write_whole, writing
 
 
 def say(text: str = "") -> None:
     """Print a line in the main process, above a progress bar if there is one."""
     if dist.is_main():
-        tqdm.write(text)
+        tqdm.write(printable(text))
         sys.stdout.flush()  # so that a log file is up to date
 
 
@@ -33,9 +35,11 @@ class Logger:
         """Rewrite metrics.jsonl and drop TensorBoard points from epochs later than `history`."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where used
 
-        (self.out_dir / "metrics.jsonl").write_text("".join(map(json_line, self.history)))
+        rows = "".join(map(json_line, self.history))
+        write_whole(self.out_dir / "metrics.jsonl", lambda path: path.write_text(rows))
         next_epoch = self.history[-1]["epoch"] + 1 if self.history else 0
-        self.board = SummaryWriter(self.out_dir / "tensorboard", purge_step=next_epoch)
+        with writing(self.out_dir / "tensorboard"):
+            self.board = SummaryWriter(self.out_dir / "tensorboard", purge_step=next_epoch)
 
     def start_epoch(self, epoch: int, num_steps: int, first_step: int) -> None:
         if dist.is_main():
@@ -61,13 +65,14 @@ class Logger:
 
     def write(self) -> None:
         row = self.history[-1]
-        with open(self.out_dir / "metrics.jsonl", "a") as file:
-            file.write(json_line(row))
-        for name, value in row.items():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, row["epoch"])
-        self.board.flush()
-        plot_curves(self.history, self.out_dir / "curves.png")
+        rows = "".join(map(json_line, self.history))
+        write_whole(self.out_dir / "metrics.jsonl", lambda path: path.write_text(rows))
+        with writing(self.out_dir / "tensorboard"):
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, row["epoch"])
+            self.board.flush()
+        write_whole(self.out_dir / "curves.png", lambda path: plot_curves(self.history, path))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -82,7 +87,8 @@ def json_line(row: dict) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file in the main process. Raises UserError, in all processes, if that fails."""
-    dist.on_main(lambda: Path(path).write_text(json.dumps(content, indent=2) + "\n"))
+    text = json.dumps(content, indent=2) + "\n"
+    dist.on_main(lambda: write_whole(Path(path), lambda work: work.write_text(text)))
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
