@@ -37,7 +37,8 @@ from reclm.nn.losses import LOSSES
 from reclm.run import checkpoint, dist, folder, report
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim import OPTIMIZERS, build_optimizer, learning_rate, update_average
-from reclm.run.process import StopRequest
+from reclm.run.process import StopRequest, check_memory, memory_of_step
+from reclm.run.validate import check_optimizer
 
 # Settings whose value is a key of one of these dicts: to add a loss or a block, add an entry there.
 NAMES = {
@@ -63,11 +64,11 @@ def evaluate_checkpoint(given: dict) -> None:
     out_dir = folder.chosen_dir(given)
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
     cfg, dataset, model = open_checkpoint(given, path)
-    result = report.describe_run(cfg, dataset) | {"checkpoint": str(path)}
+    result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
         say(report.format_metrics(f"{split.upper()} of {path}", result[split], cfg))
-    target = out_dir / f"eval-{path.stem}.json"
+    target = dist.on_main(lambda: folder.evaluation_file(out_dir, path, cfg))
     write_json(target, result)
     say(f"written to {target}")
 
@@ -95,6 +96,7 @@ def open_dataset(cfg: Config) -> Dataset:
 
 def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
     """A model with initial weights, on this process's device. Raises UserError without that device."""
+    check_memory(cfg, dataset.vocabulary)
     torch.manual_seed(cfg.train.seed)  # the same initial weights in every process
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
     return model.to(dist.pick_device(cfg.run.device))
@@ -146,6 +148,7 @@ class Run:
         self.optimizer = build_optimizer(model, cfg.train)
         self.progress, self.history = Progress(), []
         if state:
+            check_optimizer(state["optimizer"], self.optimizer, path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress, self.history = Progress(**state["progress"]), state["history"]
 
@@ -189,10 +192,11 @@ def train(given: dict) -> None:
     dataset = open_dataset(cfg)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # a resumed run must not find another default
     run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
-    run.open(dist.on_main(lambda: folder.claim_dir(cfg, dataset.name, path)))
-    if state:
-        say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
-    fit(run)
+    with folder.claimed(cfg, dataset.name, path) as out_dir:
+        run.open(out_dir)
+        if state:
+            say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
+        fit(run)
 
 
 def fit(run: Run) -> None:
@@ -226,7 +230,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
         lr = learning_rate(total_step, cfg.num_epochs * num_steps, cfg)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = accumulate_gradients(run, micro_batches, num_targets)
+        with memory_of_step(epoch, step, micro_batches, run.logger.close):
+            loss_sum = accumulate_gradients(run, micro_batches, num_targets)
         # Returns the norm before clipping; with a maximum of infinity it only measures.
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
         # A signal may reach one process only, but all must stop at the same step, or the others would wait

@@ -314,8 +314,16 @@ def build_config(values: dict) -> Config:
         }
     )
     flat = cfg.flat()
-    for name in flat:
+    for name, value in flat.items():
+        if isinstance(value, int) and value > 2**32:
+            raise UserError(f"--{name}={value} is too large: it must be at most {2**32:,}")
         refuse_without_effect(name, flat)
+    if cfg.model.window >= cfg.model.max_len:
+        raise UserError(
+            f"--window={cfg.model.window} has no effect with --max_len={cfg.model.max_len}: leave it out"
+        )
+    if cfg.train.init_from == "":
+        raise UserError("--init_from= names no checkpoint: leave it out")
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:

@@ -7,6 +7,15 @@ class UserError(Exception):
     """Bad input, shown as one line that names it and the remedy, without a traceback (run/dist.py)."""
 
 
+class LocalError(UserError):
+    """A UserError of one process alone, which prints it even if it is not the main one."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, as \\x1b; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, at most 100 characters, or its type without a message."""
     return str(error).splitlines()[0][:100] if str(error) else type(error).__name__

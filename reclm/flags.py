@@ -3,12 +3,15 @@
 import re
 from argparse import ArgumentError
 from argparse import ArgumentParser as ArgumentParserOfPython
+from pathlib import Path
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from reclm.config import SECTIONS
+from reclm.config import FIELDS, SECTIONS
 from reclm.errors import UserError
 
+MOST_BYTES = 1_000_000  # of a YAML file
 REMOVED = {  # settings of earlier versions and what replaces them; docs/log.md has the measurements
     "schedule": "for a constant learning rate use --lr_min=1",
     "scores": "items are always scored by dot products",
@@ -35,24 +38,59 @@ def parse_args(argv: list[str] | None = None) -> dict:
     except ArgumentError as error:
         raise UserError(f"{error} (--config=FILE.yaml)") from None
     given = {}
+    for path in chosen.config:
+        check_yaml(Path(path))
     for path in chosen.config:  # files first, so that flags win wherever they stand on the command line
         given |= parse([f"--config={path}"], f"{path}: ")
     return given | parse(flags, "")
 
 
-def parse(argv: list[str], where: str) -> dict:
-    """{name: value} of one source of settings. An error message starts with `where`."""
+def check_yaml(path: Path) -> None:
+    """Raises UserError for what a small YAML file of settings is not: a device, megabytes, or aliases, which
+    a few lines can expand without end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config={path} is not a file")
+    if not path.exists():
+        return  # the parser names it
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"--config={path} has more than {MOST_BYTES:,} bytes: it is no file of settings")
+    try:
+        events = list(yaml.parse(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # the parser names the line
+    if any(isinstance(event, yaml.AliasEvent) for event in events):
+        raise UserError(f"--config={path} has YAML aliases (*name): write the values out")
+
+
+def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     for cls in SECTIONS.values():
         parser.add_class_arguments(cls, None, as_group=True)
+    return parser
+
+
+def parse(argv: list[str], where: str) -> dict:
+    """{name: value} of one source of settings. An error message starts with `where`."""
     try:
-        given = vars(parser.parse_args(argv, defaults=False))
+        given = vars(build_parser().parse_args(argv, defaults=False))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{where}{explain(str(error))}") from None
     given.pop("config", None)
     return given
+
+
+def parse_settings(values: dict) -> dict:
+    """Settings from a file that is not YAML, such as a checkpoint, checked like those of a YAML file. Raises
+    UserError for an unknown name or a value of another type."""
+    unknown = [name for name in values if name not in FIELDS]
+    if unknown:
+        raise UserError(f"there is no setting {unknown[0]!r:.60}")
+    try:
+        return vars(build_parser().parse_object(values, defaults=False))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(explain(str(error))) from None
 
 
 def explain(text: str) -> str:

@@ -34,7 +34,7 @@ for number in range(100):
 def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
     """A race of threads, lost in 3 of 36 stopped runs (see reclm/run/dist.py): so a hundred times. The last
     group is gone before the interpreter is."""
-    launched = environment({"WORLD_SIZE": "2"})
+    launched = environment({"WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"})
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVE_AT_A_BARRIER, str(tmp_path)], cwd=MAIN.parent, text=True,

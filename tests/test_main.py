@@ -342,15 +342,16 @@ def test_resume_of_a_finished_run_reports_again(tmp_path):
     assert {k: v for k, v in snapshot(tmp_path / "run").items() if k.endswith(".pth")} == before
 
 
-@pytest.mark.parametrize("flag", ["--device=cuda", "--lr=1e30"])
-def test_a_start_that_failed_can_be_started_again(tmp_path, flag):
-    """No epoch was saved: the corrected command must work with --resume=auto."""
-    if flag == "--device=cuda" and torch.cuda.is_available():
-        pytest.skip("has a GPU")
+def test_a_start_that_failed_can_be_started_again(tmp_path):
+    """No epoch was saved. With other settings it is another run, and takes another folder."""
     write_csv(tmp_path / "tiny.csv")
-    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=1", "--out_dir=run", "--resume=auto"]
-    assert here(*flags, "--clip_norm=0", "--warmup_steps=0", flag, cwd=tmp_path).code == 2
-    here(*flags, cwd=tmp_path).ok()
+    flags = ["--dataset=tiny.csv", *TINY, "--num_epochs=1", "--resume=auto"]
+    if not torch.cuda.is_available():
+        assert here(*flags, "--out_dir=run", "--device=cuda", cwd=tmp_path).code == 2
+    diverging = ["--clip_norm=0", "--warmup_steps=0", "--lr=1e30"]
+    assert here(*flags, *diverging, "--out_dir=run", cwd=tmp_path).code == 2
+    assert "has lr=1e+30" in here(*flags, *diverging[:2], "--out_dir=run", cwd=tmp_path).errors[0]
+    here(*flags, "--out_dir=new", cwd=tmp_path).ok()
 
 
 # ---------------------------------------------------------------- keeping, stopping, saving

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reclm.config import Config, fixed_names
+from reclm.config import FIELDS, Config, fixed_names
 from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import UserError, first_line
 from reclm.run import dist
 from reclm.run.logger import say
+from reclm.run.validate import check_state
 
 VERSION = 6  # raise it when the same file would mean another model, and extend `upgrade`
+OWN_FILES = {".csv", ".tsv", ".parquet"}
 NO_LONGER = {  # settings of version 4 that were removed, and the values that are now fixed
     "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
     "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
@@ -138,12 +140,13 @@ def load_checkpoint(path: Path) -> dict:
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: choose another file")
-    if state.get("version") in (4, 5):
+    if state.get("version") in (4, 5) and isinstance(state["config"], dict):
         upgrade(state, path)
     if state.get("version") != VERSION:
         raise UserError(
             f"{path} was written by another version of this program: use that version or train again"
         )
+    check_state(state, path)
     return state
 
 
@@ -154,10 +157,12 @@ def upgrade(state: dict, path: Path) -> None:
     config.pop("pad_to", None)  # it never changed a weight
     if config.get("time_head"):
         raise UserError(f"{path} has an older kind of --time_head: use the version that wrote it")
-    if config["task"] == "ctr":  # histories included earlier rows of the same second then
+    if config.get("task") == "ctr":  # histories included earlier rows of the same second then
         config["ctr_delay"] = 0.0
     if state["version"] == 4:
         upgrade_from_4(state, path)
+    for name in config.keys() - FIELDS.keys():  # settings of theirs that changed nothing
+        del config[name]
     state["version"] = VERSION
 
 
@@ -182,6 +187,9 @@ def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
     they differ in a setting that one of these `parts` fixes (PARTS in reclm/config.py)."""
     saved = state["config"]
     for name in fixed_names(saved, *parts):
+        paths = {Path(str(settings.get(name))).suffix for settings in (given, saved)}
+        if name == "dataset" and paths <= OWN_FILES:
+            continue  # the user's own file may have been moved: its content decides, see restore_model
         if name in given and name in saved and given[name] != saved[name]:
             raise UserError(
                 f"--{name}={given[name]} contradicts {path}, which has {name}={saved[name]}: "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reclm.errors import UserError
+from reclm.errors import LocalError, UserError, first_line, printable
 from reclm.run.process import die_with_launcher, keep_freed_memory
 
 # A reference that keeps the process group alive until free_group(). If DDP were its last owner, it would free
@@ -70,6 +70,7 @@ def distributed():
     """
     keep_freed_memory()
     try:
+        check_environment()
         if num_processes() > 1:
             die_with_launcher()
             cuda = torch.cuda.is_available()
@@ -78,15 +79,21 @@ def distributed():
             # gloo as well as nccl, since sums of metrics are taken on the CPU. The timeout is long because
             # processes wait while the main one downloads and prepares the data.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(hours=2))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"cannot join {num_processes()} processes at {os.environ['MASTER_ADDR']}:"
+                    f"{os.environ['MASTER_PORT']} ({first_line(error)}): launch them with torchrun"
+                ) from None
             global _group
             _group = dist.group.WORLD
         yield
         barrier()  # without it gloo aborts one run in a hundred at interpreter exit
     except (UserError, OSError) as error:
-        if is_main():
+        if isinstance(error, LocalError) or is_main():
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         else:  # torchrun kills all processes when the first one exits: let the main one print and exit first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)
@@ -96,6 +103,25 @@ def distributed():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_environment() -> None:
+    """Raises LocalError unless the variables of a launch by torchrun are all set and fit, or none is."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    if not there.keys() & {"RANK", "WORLD_SIZE"}:
+        return
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise LocalError(
+            f"{', '.join(there)} without {', '.join(missing)}: launch with torchrun, or unset them"
+        )
+    numbers = {name: there[name] for name in names if name != "MASTER_ADDR"}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise LocalError(f"{name}={value} is not a number: launch with torchrun, or unset it")
+    if not int(there["RANK"]) < int(there["WORLD_SIZE"]):
+        raise LocalError(f"RANK={there['RANK']} must be below WORLD_SIZE={there['WORLD_SIZE']}: use torchrun")
 
 
 def pick_device(name: str) -> torch.device:

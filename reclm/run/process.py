@@ -1,8 +1,15 @@
 """Settings of this process in the operating system: memory allocation, signals, end with its launcher."""
 
 import ctypes
+import math
+import os
 import signal
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from reclm.config import Config
+from reclm.data.dataset import Vocabulary
+from reclm.errors import LocalError, UserError
 
 
 def keep_freed_memory() -> None:
@@ -20,6 +27,46 @@ def die_with_launcher() -> None:
     with suppress(OSError, AttributeError):  # Linux only
         pr_set_pdeathsig = 1  # as in prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def check_memory(cfg: Config, vocabulary: Vocabulary) -> None:
+    """Raises UserError if the weights of the model and what a training step holds at least cannot fit into
+    the memory of this machine: better now than in the middle of building it."""
+    model = cfg.model
+    block = model.dim * (5 * model.dim if model.model_name == "hstu" else 2 * model.dim + 3 * model.ffn_dim)
+    rows = vocabulary.num_items + 1 + (vocabulary.num_users if model.user_embedding == "explicit" else 0)
+    parts = {  # bytes, and the settings they grow with
+        "dim, n_layers, hidden_dim": 4 * (rows * model.dim + model.n_layers * block),
+        "max_len": 4 * model.max_len * model.head_dim,
+    }
+    if model.task == "matching":
+        sequences = min(cfg.train.batch_size, vocabulary.num_users)
+        parts["num_negatives, batch_size"] = 4 * sequences * cfg.loss.num_negatives
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    names, most = max(parts.items(), key=lambda part: part[1])
+    if sum(parts.values()) > memory:
+        raise UserError(
+            f"this model needs at least {sum(parts.values()) / 2**30:,.0f} GiB of memory, "
+            f"{most / 2**30:,.0f} GiB due to {names}, but this machine has {memory / 2**30:,.0f}: choose "
+            "smaller values"
+        )
+
+
+@contextmanager
+def memory_of_step(epoch: int, step: int, micro_batches: list[dict], clean_up: Callable) -> Iterator[None]:
+    """Turn the errors of torch for a lack of memory into a UserError that names the step, its size and the
+    settings to lower, after `clean_up()`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        clean_up()
+        size = " x ".join(map(str, next(iter(micro_batches))["item_ids"].shape))
+        raise LocalError(
+            f"out of memory at epoch {epoch}, step {step}, micro-batches of {size} actions: use a smaller "
+            "--batch_size, --max_len or --num_negatives, or a larger --grad_accum_steps"
+        ) from None
 
 
 class StopRequest:

@@ -1,0 +1,77 @@
+"""A checkpoint may come from a stranger: every part is checked by type, range and shape before it is used."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reclm.errors import UserError
+from reclm.flags import parse_settings
+
+TYPES = {  # of the entries of a checkpoint
+    "version": int, "model": dict, "trained": dict, "optimizer": dict, "progress": dict, "history": list,
+    "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "vocabulary": dict,
+    "items": (list, Tensor), "titles": list, "genre_names": list,
+}  # fmt: skip
+PROGRESS = {  # of main.Progress: type and least value
+    "epoch": (int, 0), "step": (int, 0), "loss_sum": (float, -math.inf), "num_targets": (int, 0),
+    "seconds": (float, 0), "best_score": (float, -math.inf), "best_epoch": (int, -1), "bad_epochs": (int, 0),
+}  # fmt: skip
+
+
+def check_state(state: dict, path: Path) -> None:
+    """Check what load_checkpoint returns, except for shapes, which depend on the model. Raises UserError."""
+    for name, value in state.items():
+        check(path, name in TYPES, f"it has an unknown entry {name!r:.60}")
+        check(path, isinstance(value, TYPES[name]), f"{name} is of type {type(value).__name__}")
+    for name in {"model", "trained"} & state.keys():
+        for key, weight in state[name].items():
+            good = isinstance(key, str) and isinstance(weight, Tensor) and weight.layout == torch.strided
+            check(path, good, f"{name}[{key!r:.60}] is of type {type(weight).__name__}")
+    for name, value in state["progress"].items():
+        check(path, name in PROGRESS, f"progress has an unknown entry {name!r:.60}")
+        wanted, least = PROGRESS[name]
+        good = is_number(value) and (wanted is float or isinstance(value, int)) and value >= least
+        check(path, good, f"progress has {name}={value!r:.60}")
+    for i, row in enumerate(state["history"]):
+        good = isinstance(row, dict) and all(isinstance(k, str) and is_number(v) for k, v in row.items())
+        good = good and isinstance(row.get("epoch"), int) and "loss" in row
+        check(path, good, f"row {i} of history is no epoch")
+    try:
+        parse_settings(state["config"])
+    except UserError as error:
+        check(path, False, f"config: {error}")
+
+
+def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Check that a saved state fits the optimizer: the same groups of weights, tensors of their shapes.
+    torch checks the former alone, and writes into memory of other shapes. Raises UserError."""
+    both = (optimizer.param_groups, groups_of(saved))
+    ours, theirs = ([len(group["params"]) for group in groups] for groups in both)
+    check(path, ours == theirs, "the optimizer has other groups of weights")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = saved.get("state")
+    check(path, isinstance(state, dict), "the optimizer has no state")
+    for index, values in state.items():
+        good = isinstance(index, int) and 0 <= index < len(weights) and isinstance(values, dict)
+        check(path, good, f"the optimizer has a state of weight {index!r:.60}")
+        for name, value in values.items():
+            fits = isinstance(value, Tensor) and (value.shape == weights[index].shape or value.numel() == 1)
+            check(path, fits or is_number(value), f"the optimizer has another shape of {name!r:.60}")
+
+
+def groups_of(saved: dict) -> list[dict]:
+    groups = saved.get("param_groups")
+    good = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    return groups if good and all(isinstance(group.get("params"), list) for group in groups) else []
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def check(path: Path, good: bool, what: str) -> None:
+    if not good:
+        raise UserError(f"{path} is damaged or foreign: {what}; use another --ckpt_name or --resume")
