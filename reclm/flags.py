@@ -38,9 +38,8 @@ def parse_args(argv: list[str] | None = None) -> dict:
     except ArgumentError as error:
         raise UserError(f"{error} (--config=FILE.yaml)") from None
     given = {}
-    for path in chosen.config:
-        check_yaml(Path(path))
     for path in chosen.config:  # files first, so that flags win wherever they stand on the command line
+        check_yaml(Path(path))
         given |= parse([f"--config={path}"], f"{path}: ")
     return given | parse(flags, "")
 

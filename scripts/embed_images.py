@@ -46,9 +46,8 @@ def import_timm() -> ModuleType:
             # The Linux wheel of torchvision is compiled against CUDA. With a CPU build of torch its operators
             # do not load, and its import fails at the first of these two. timm calls neither, so declaring
             # them is enough.
-            for name in ("nms", "qnms"):
-                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{name}", signature)
+            for name in ("torchvision::nms", "torchvision::qnms"):
+                torch.library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import timm
         import timm.data
 

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
-from contextlib import chdir
+from contextlib import chdir, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ sys.path.insert(0, str(MAIN.parent / "scripts"))
 import results
 
 from reclm.config import DataConfig
+from reclm.data import download
 from reclm.data.cache import cache_root, read_cache
 from reclm.data.prepare import prepare
 from reclm.data.sources import find_dataset
@@ -450,6 +453,33 @@ def test_a_fifo_is_no_file(work):
     for flags in (["--dataset=pipe.csv"], ["--config=pipe.yaml"], ["--dataset=ml-1m"]):
         shown = here(*flags, *TINY, cwd=work, env=offline)
         assert shown.code == 2 and len(shown.errors) == 1 and shown.seconds < 30
+
+
+def test_a_download_that_drips_ends(tmp_path, monkeypatch):
+    """A byte every 50 ms: less than 1,000 bytes per second after what stands for a minute."""
+
+    class Dripping(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            with suppress(OSError):  # the other side gives up
+                for _ in range(1000):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RECLM_GROUPLENS_URL", f"http://127.0.0.1:{server.server_port}")
+        begin = time.time()
+        with pytest.raises(UserError, match=r"cannot download .*only \d+ bytes in .*run again to resume"):
+            download.fetch_grouplens("ml-1m", ("ratings.dat",), tmp_path)
+        assert time.time() - begin < 20
+        server.shutdown()
 
 
 def test_a_yaml_that_expands_without_end(work):

@@ -156,7 +156,7 @@ def new_dir(name: str) -> Path:
 def point_latest(folder: Path) -> None:
     """Make runs/latest point to the folder: a link, or a text file with its name where the file system has no
     links. A file or folder that is neither stays as it is, with a note."""
-    if LATEST.exists() and latest_name() is None and not LATEST.is_symlink():
+    if LATEST.exists() and latest_name() is None:
         say(f"NOTE: {LATEST} is not a link to a run and is left alone: name this run with --out_dir={folder}")
         return
     work = ROOT / f".latest-{os.getpid()}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from reclm.errors import UserError
+from reclm.run.output import writing
 
 LOCK, OWNER = ".lock", ".owner"  # files in the folder of a run
 HEARTBEAT = 15.0  # seconds
@@ -34,7 +35,8 @@ class FolderLock:
         if self.is_alive_elsewhere():
             self.lock.release()
             raise UserError(self.refusal(folder))
-        self.owner.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        with writing(self.owner):
+            self.owner.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
         self.ended = threading.Event()
         threading.Thread(target=self.beat, daemon=True).start()
 

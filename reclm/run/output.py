@@ -13,16 +13,14 @@ from reclm.errors import UserError
 
 
 @contextmanager
-def writing(path: Path, size: int = 0) -> Iterator[None]:
-    """Turn an OSError inside the block into a UserError that names the file, its folder and, if known, the
-    size of what was to be written, in bytes."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a UserError that names the file and its folder."""
     try:
         yield
     except OSError as error:
-        needed = f" ({size / 2**20:,.1f} MB)" if size else ""
         reason, folder = error.strerror or error, Path(path).parent
         raise UserError(
-            f"cannot write {path} ({reason}): free some space{needed} in {folder} or make it writable, then "
+            f"cannot write {path} ({reason}): free some space in {folder} or make it writable, then "
             "repeat the command, a training with --resume=auto"
         ) from None
 
