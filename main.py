@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
 from reclm.run import checkpoint, dist, folder, report
+from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim import OPTIMIZERS, build_optimizer, learning_rate, update_average
 from reclm.run.process import StopRequest, check_memory, memory_of_step
@@ -52,7 +54,9 @@ NAMES = {
 def main() -> None:
     with dist.distributed():
         given = parse_args()
-        if given.get("eval_only"):
+        if given.get("describe"):
+            describe(given)
+        elif given.get("eval_only"):
             evaluate_checkpoint(given)
         else:
             train(given)
@@ -197,6 +201,24 @@ def train(given: dict) -> None:
         if state:
             say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
         fit(run)
+
+
+def describe(given: dict) -> None:
+    """--describe=true: print what was understood of the data and what a run takes, by a few steps of one;
+    write nothing."""
+    cfg = build_config(given)
+    dataset = open_dataset(cfg)
+    say(describe_histories(dataset))
+    run = Run(cfg, dataset, build_model(cfg, dataset))
+    say(report.describe_model(run.model, len(run.batches), run.batches.num_targets))
+    seconds = []
+    for step, micro_batches, num_targets in islice(run.batches.epoch(0, 0), 4):
+        begin = time.time()
+        with memory_of_step(0, step, micro_batches, lambda: None):
+            accumulate_gradients(run, micro_batches, num_targets)
+            run.optimizer.step()
+        seconds.append(time.time() - begin)
+    say(describe_cost(seconds, len(run.batches), cfg.train.num_epochs))
 
 
 def fit(run: Run) -> None:

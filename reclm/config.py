@@ -130,9 +130,17 @@ class DataConfig:
     """Data"""
 
     dataset: str | None = setting(None, "data")
-    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or a .csv or .parquet file
-    with the columns user,item[,rating][,timestamp][,label][,context][,split] [default: ml-1m, or ml-100k if
-    that cannot be downloaded]"""
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or your own file, files
+    (data/*.csv) or folder: CSV, JSON lines or Parquet with the columns user, item and, if known, timestamp,
+    rating, label, context, split (docs/data.md) [default: ml-1m, or ml-100k if that cannot be downloaded]"""
+    columns: str | None = setting(None, "free")
+    """own data: which column holds what, where the usual names do not tell, e.g. user=visitor,item=sku; for a
+    file without a header their numbers: user=1,item=3,timestamp=2"""
+    drop_bad_rows: bool = setting(False, "data")
+    """own data: drop and count rows with a missing id, a malformed value or another number of fields; false =
+    refuse the file, naming the first of them"""
+    positive_label: str | None = setting(None, "data leak")
+    """own data: the value of the column label that means 1, all others 0 [default: labels are 0 or 1]"""
     data_dir: str | None = setting(None, "free")
     """folder to read data files from and to download them to [default: $RECLM_DATA, else data/]"""
     min_item_count: int = setting(1, "data leak", MATCHING)
@@ -260,6 +268,8 @@ class RunConfig:
 
     eval_only: bool = setting(False, "free")
     """evaluate a checkpoint instead of training"""
+    describe: bool = setting(False, "free")
+    """print what was understood of the data and what a run would take, and end"""
     ckpt_name: str = setting("best.pth", "free")
     """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
     name that --keep_last does not delete"""

@@ -1,6 +1,7 @@
 """Flags and YAML files -> {name: value}, each value converted to the type of its field in config.py."""
 
 import re
+import sys
 from argparse import ArgumentError
 from argparse import ArgumentParser as ArgumentParserOfPython
 from pathlib import Path
@@ -31,6 +32,7 @@ REMOVED = {  # settings of earlier versions and what replaces them; docs/log.md 
 def parse_args(argv: list[str] | None = None) -> dict:
     """{name: value} of the settings given in YAML files (`--config`) or flags, without defaults; flags win.
     `argv` is the command line if None. Raises UserError for an unknown name or a value of another type."""
+    argv = name_values(sys.argv[1:] if argv is None else argv)
     files = ArgumentParserOfPython(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
     try:
@@ -42,6 +44,15 @@ def parse_args(argv: list[str] | None = None) -> dict:
         check_yaml(Path(path))
         given |= parse([f"--config={path}"], f"{path}: ")
     return given | parse(flags, "")
+
+
+def name_values(argv: list[str]) -> list[str]:
+    """`--describe` alone is `--describe=true`, for all settings that are true or false."""
+    known = {f"--{name}" for name, f in FIELDS.items() if f.type is bool}
+    return [
+        f"{arg}=true" if arg in known and after.startswith("--") else arg
+        for arg, after in zip(argv, [*argv[1:], "--"], strict=False)
+    ]
 
 
 def check_yaml(path: Path) -> None:

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import score_impressions
 from main import open_checkpoint
+from reclm.data.columns import IDS, Wishes
 from reclm.data.dataset import Dataset
 from reclm.data.impressions import SPLITS
-from reclm.data.readers import READERS
+from reclm.data.own import read_own
 from reclm.errors import UserError
 from reclm.flags import parse_args
 from reclm.run import checkpoint, folder
@@ -41,7 +42,8 @@ def rank(args: argparse.Namespace, given: dict) -> None:
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
     if not candidates.is_file():
         raise UserError(f"--candidates={candidates} does not exist: name a .csv file")
-    table = READERS["csv"]((candidates,)).interactions
+    table, _ = read_own((candidates,), Wishes())
+    table = table.astype(dict.fromkeys(IDS, str))
     cfg, dataset, model = open_checkpoint(given, path)
     if table.empty:
         raise UserError(f"{candidates} has no rows: nothing to score")
@@ -53,7 +55,10 @@ def rank(args: argparse.Namespace, given: dict) -> None:
     by_user = table["user"].map({user: i for i, user in enumerate(dict.fromkeys(table["user"]))})
     table = table.assign(place=by_user).sort_values(["place", "probability"], ascending=[True, False])
     table = table.drop(columns="place")
-    write_whole(out, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+    if "timestamp" in table and (table["timestamp"] % 1 == 0).all():
+        table["timestamp"] = table["timestamp"].astype(np.int64)
+    table["probability"] = table["probability"].map("{:.6g}".format)
+    write_whole(out, lambda path: table.to_csv(path, index=False))
     print(f"{len(table):,} candidates of {by_user.nunique():,} users, written to {out}")
 
 
@@ -107,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--candidates", type=Path, required=True, help=".csv or .tsv with the candidates")
+    parser.add_argument(
+        "--candidates", type=Path, required=True, help="file with the candidates (CSV, JSON lines, Parquet)"
+    )
     add_out(parser, ".csv file")
     args, others = parser.parse_known_args()
     try:

@@ -185,8 +185,8 @@ CASES = {
     "all filtered": ([DATA, "--min_item_count=1000"], nothing, ["min_item_count"]),
     "no columns": (
         ["--dataset=short.csv"],
-        lambda work: (work / "short.csv").write_text("a,1\na,2\n"),
-        ["short.csv", "user and item"],
+        lambda work: (work / "short.csv").write_text("a,1,x\na,2,x\n"),
+        ["short.csv", "no header", "--columns"],
     ),
     # what rows contain
     "no profiles": ([DATA, "--profile_tokens=true"], nothing, ["--profile_tokens", "user table", "tiny"]),

@@ -237,7 +237,7 @@ def test_the_end_of_a_cosine_is_fixed_and_that_of_a_constant_rate_is_not():
 def test_a_start_from_other_weights_has_the_same_data_to_be_tested_with():
     assert set(fixed_names(build_config({}).flat(), *START)) == {
         "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
-        "min_positives", "utc_offset",
+        "min_positives", "utc_offset", "positive_label",
     }  # fmt: skip
 
 

@@ -561,7 +561,7 @@ def test_prepared_once(tiny_csv, tiny_dataset, monkeypatch):
     ]
     assert first.timestamps[ours].tolist() == tiny_dataset.timestamps[theirs].tolist()
 
-    def fail(source):
+    def fail(source, wishes):
         raise AssertionError("read again")
 
     monkeypatch.setattr("reclm.data.prepare.read_dataset", fail)

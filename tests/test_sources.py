@@ -183,7 +183,7 @@ def test_download_and_read_ml_1m(server, monkeypatch, tmp_path):
     data = read_dataset(source)
     assert rows(data) == [[1, 10, 5, 100], [2, 10, 3, 50], [1, 7, 4, 90]]  # file order
     assert list(data.interactions) == ["user", "item", "rating", "timestamp"]
-    assert (data.interactions.dtypes == "int64").all()
+    assert data.interactions.dtypes.astype(str).tolist() == ["int64", "int64", "float64", "float64"]
     assert data.users.zip.tolist() == ["04806", "70072"]
     assert data.items.title.tolist() == ["Café: Two (1990)", "A (1995)"]
     assert source.protocol.startswith("P2") and source.notes == ()

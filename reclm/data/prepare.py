@@ -10,13 +10,13 @@ import pandas as pd
 
 from reclm.config import DataConfig
 from reclm.data.cache import cache_root, read_cache, write_cache
+from reclm.data.columns import IDS, Wishes, doubts
 from reclm.data.features import item_texts, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
-from reclm.data.readers import doubts
 from reclm.data.sources import Source, check_size, read_dataset
 from reclm.errors import UserError, choose
 
-CACHE_VERSION = 5  # part of the cache key: raise it when `prepare` changes what it writes
+CACHE_VERSION = 6  # part of the cache key: raise it when `prepare` changes what it writes
 
 
 def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Path, list[str]]:
@@ -24,10 +24,15 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     damaged, and notes. Its key covers the content of the files, the reader, the task and the data settings.
     Raises UserError if the data cannot be read or used."""
     select, _ = choose("task", task, PREPARE)
+    for name in ("columns", "drop_bad_rows", "positive_label"):
+        if getattr(cfg, name) and not source.is_own:
+            raise UserError(
+                f"--{name} is for files of your own, it has no effect on {source.name}: leave it out"
+            )
     places = {"dataset": None, "data_dir": None}  # the location of the files does not affect the result
     settings = (CACHE_VERSION, source.reader, task, replace(cfg, **places))
     key = hashlib.sha256(repr(settings).encode())
-    for path in source.files:
+    for path in (*source.files, *(file for _, file in source.side_files)):
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     root, notes = cache_root()
@@ -37,11 +42,12 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     if folder.exists():
         notes.append(f"the prepared data in {folder} were damaged and have been made again")
         shutil.rmtree(folder, ignore_errors=True)
-    raw = read_dataset(source)
+    raw = read_dataset(source, Wishes(cfg.columns, cfg.positive_label, cfg.drop_bad_rows))
     of_source, of_size = check_size(source, raw)
-    table, protocol, of_table = select(raw.interactions, cfg)
-    meta, arrays = build_sequences(table, cfg, task)
-    notes_of_data = doubts(raw.interactions) + of_size + of_table + meta["notes"]
+    numbered, names = number_ids(raw.interactions)
+    table, protocol, of_table = select(numbered, cfg)
+    meta, arrays = build_sequences(table, cfg, task, names)
+    notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_table + meta["notes"]
     meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "task": task}
     arrays["profiles"] = profile_codes(raw.users, arrays["users"])
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
@@ -49,11 +55,28 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     return folder, notes
 
 
+def number_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """(the table with users and items as numbers, {"user" | "item": the sorted ids that they stand for}):
+    all that follows is faster and smaller with numbers."""
+    names, numbers = {}, {}
+    for column in IDS:
+        values = table[column]
+        if isinstance(values.dtype, pd.CategoricalDtype):  # all used and sorted, see columns.to_ids
+            numbers[column], names[column] = values.cat.codes, np.asarray(values.cat.categories).astype(str)
+        else:
+            numbers[column], names[column] = pd.factorize(values, sort=True)
+            names[column] = np.asarray(names[column])
+    return table.assign(**numbers), names
+
+
 def build_sequences(
-    table: pd.DataFrame, cfg: DataConfig | None = None, task: str = "matching"
+    table: pd.DataFrame,
+    cfg: DataConfig | None = None,
+    task: str = "matching",
+    names: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict]:
     """Interactions (user, item[, rating][, timestamp]) in file order, or the table of `label_impressions`
-    -> ({"notes", "fingerprint"}, {name: array of Dataset}).
+    -> ({"notes", "fingerprint"}, {name: array of Dataset}). `names` are those of `number_ids`.
 
     Rows are sorted by (user, time), impressions as `order_impressions` describes. The sort is STABLE: ties
     keep file order, or with --shuffle_ties the random order of that seed. Raises UserError if a
@@ -73,12 +96,14 @@ def build_sequences(
     item_index, items = pd.factorize(table["item"], sort=True)
     _, put_in_order = PREPARE[task]
     order, of_task, more = put_in_order(table, user_index, cfg)
-    table, user_index, item_index = table.iloc[order], user_index[order], item_index[order]
+    user_index, item_index = user_index[order], item_index[order]
 
-    def column(name: str, dtype: type = np.float64) -> np.ndarray:
-        return table[name].to_numpy(dtype) if name in table else np.zeros(0, dtype)
+    def column(name: str) -> np.ndarray:  # not table.iloc[order]: one column at a time takes less memory
+        return table[name].to_numpy(np.float64)[order] if name in table else np.zeros(0)
 
     users, items = np.asarray(users), np.asarray(items)
+    if names:
+        users, items = names["user"][users], names["item"][items]
     users, items = (x.astype(str) if x.dtype == object else x for x in (users, items))
     arrays = {
         "offsets": np.concatenate([[0], np.cumsum(np.bincount(user_index, minlength=len(users)))]),

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reclm.data.columns import Wishes
 from reclm.data.download import (
     M1_MD5,
     M1_REPO,
@@ -21,7 +22,8 @@ from reclm.data.download import (
     fetch_wheel,
     verify,
 )
-from reclm.data.readers import READERS, RawData, wanted_columns
+from reclm.data.own import find_files, name_of_data, read_own, read_side_table, side_files
+from reclm.data.readers import READERS, RawData
 from reclm.errors import UserError
 
 # Side tables first: files are moved in this order, so the last one marks a complete folder.
@@ -36,17 +38,22 @@ class Source:
     name: str  # one of FINDERS, or the stem of the user's file
     protocol: str  # a short phrase, printed with the results
     files: tuple[Path, ...]  # all that the reader reads, in a fixed order; hashed for the cache key
-    reader: str  # key into READERS
+    reader: str  # key into READERS, or "own"
     notes: tuple[str, ...] = ()  # caveats to print with the results
+    side_files: tuple[tuple[str, Path], ...] = ()  # of own data: ("user" or "item", its table)
+
+    @property
+    def is_own(self) -> bool:
+        return self.reader == "own"
 
 
 def find_dataset(dataset: str | None, data_dir: str | Path) -> Source:
-    """Locate `dataset`, a key of FINDERS or the path of a .csv, .tsv or .parquet file, in `data_dir` and
-    download it if missing. None means MovieLens-1M, or MovieLens-100K if that is not available. Raises
-    UserError if it is unknown, or neither present nor downloadable."""
+    """Locate `dataset`, a key of FINDERS or what own.find_files takes, in `data_dir` and download it if
+    missing. None means MovieLens-1M, or MovieLens-100K if that is not available. Raises UserError if it is
+    unknown, or neither present nor downloadable."""
     if dataset in FINDERS:
         return FINDERS[dataset](Path(data_dir))
-    return _find_own_file(Path(dataset))
+    return _find_own(dataset)
 
 
 def _find_any(data_dir: Path) -> Source:
@@ -146,19 +153,15 @@ def _hub_files(repo: str, md5: dict[str, str], folder: Path, archive: str | None
     return _existing(folder, md5)
 
 
-def _find_own_file(file: Path) -> Source:
-    reader = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(file.suffix.lower())
-    if reader is None or not file.is_file():
+def _find_own(dataset: str) -> Source:
+    files = find_files(dataset)
+    if not files:
         raise UserError(
-            f"unknown dataset {str(file)!r}: neither one of {', '.join(filter(None, FINDERS))} "
-            "nor an existing .csv, .tsv or .parquet file"
+            f"unknown dataset {dataset!r}: neither one of {', '.join(filter(None, FINDERS))} nor an existing "
+            "file (CSV, JSON lines, Parquet), folder of Parquet files or pattern like 'data/*.csv'"
         )
-    files = (file, *_existing(file.parent, (f"{file.stem}.users.csv", f"{file.stem}.items.csv")))
-    if "timestamp" in wanted_columns(file):
-        return Source(file.stem, "own file, stable sort by time, leave-one-out", files, reader)
-    protocol = "own file, file order taken as time order, leave-one-out"
-    note = f"{file} has no column timestamp: file order is taken as time order"
-    return Source(file.stem, protocol, files, reader, (note,))
+    sides = tuple(side_files(files[0]).items())
+    return Source(name_of_data(dataset, files), "", files, "own", side_files=sides)
 
 
 def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
@@ -185,9 +188,14 @@ SIZES = {  # of the original data: rows, users, items
 def check_size(source: Source, data: RawData) -> tuple[str, list[str]]:
     """(protocol, notes): the protocol of a named dataset holds only for all of its rows, users and items."""
     table = data.interactions
+    if source.is_own:
+        if "timestamp" in table:
+            return "own file, stable sort by time, leave-one-out", []
+        note = f"{source.files[0]} has no column timestamp: file order is taken as time order"
+        return "own file, file order taken as time order, leave-one-out", [note]
     found = (len(table), table["user"].nunique(), table["item"].nunique())
     wanted = SIZES.get(source.name, found)
-    if found == wanted or source.reader in ("csv", "parquet"):  # the user's own ml-1m.csv
+    if found == wanted:
         return source.protocol, []
     names = ("rows", "users", "items")
     differs = ", ".join(
@@ -200,9 +208,15 @@ def check_size(source: Source, data: RawData) -> tuple[str, list[str]]:
     return f"not {source.name}, but {found[0]:,} rows: {rules}", [note]
 
 
-def read_dataset(source: Source) -> RawData:
-    """Read the files of `source`. Raises UserError with the file and line of the first bad row."""
-    data = READERS[source.reader](source.files)
+def read_dataset(source: Source, wishes: Wishes | None = None) -> RawData:
+    """Read the files of `source`; `wishes` are for own data. Raises UserError with the file and line of the
+    first bad row."""
+    if source.is_own:
+        interactions, notes = read_own(source.files, wishes or Wishes())
+        sides = {f"{column}s": read_side_table(file, column) for column, file in source.side_files}
+        data = RawData(interactions, notes=notes, **sides)
+    else:
+        data = READERS[source.reader](source.files)
     if data.interactions.empty:
         raise UserError(f"{source.files[0]} is empty: it holds no interactions")
     return data

@@ -222,9 +222,10 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     state = load_checkpoint(path)
     ours = cfg.flat()
     for name in fixed_names(ours, "leak"):
-        if state["config"].get(name) != ours[name]:
+        theirs = state["config"].get(name, FIELDS[name].default)
+        if theirs != ours[name]:
             raise UserError(
-                f"--init_from={path} was trained with {name}={state['config'].get(name)}, this run has "
+                f"--init_from={path} was trained with {name}={theirs}, this run has "
                 f"{name}={ours[name]}: it may have seen this run's test data; train it with the same data "
                 "settings"
             )
