@@ -441,6 +441,19 @@ def test_a_checkpoint_knows_its_data_by_content_not_by_path(work):
     assert_refused(here("--eval_only=true", "--out_dir=run", "--dataset=other.csv", cwd=work), "fingerprint")
 
 
+def test_feature_files_may_be_moved(work):
+    vectors = np.random.default_rng(0).normal(size=(25, 3))
+    np.save(work / "v.npy", vectors)
+    here(*SHORT, "--item_features=v.npy", "--out_dir=featured", cwd=work).ok()
+    (work / "moved").mkdir()
+    (work / "v.npy").rename(work / "moved" / "v.npy")
+    evaluation = ["--eval_only", "--out_dir=featured"]
+    here(*evaluation, "--item_features=moved/v.npy", cwd=work).ok()
+    assert_refused(here(*evaluation, cwd=work), "v.npy")
+    np.save(work / "moved" / "w.npy", vectors)
+    assert_refused(here(*evaluation, "--item_features=moved/w.npy", cwd=work), "contradicts")
+
+
 # ---------------------------------------------------------------- nothing hangs
 
 

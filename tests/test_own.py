@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from launch import TINY, here
+from launch import MAIN, TINY, here
 from test_readers import read, rows, write
 
 from data import load_dataset
@@ -425,3 +425,26 @@ def test_settings_for_own_files_are_refused_elsewhere(tmp_path):
     write(tmp_path / "a.csv", "user,item\n1,2\n")
     done = here("--dataset=a.csv", "--positive_label=x", cwd=tmp_path)
     assert done.errors == ["error: --positive_label has no effect without a column label: leave it out"]
+
+
+def test_the_documentation_lists_the_usual_names():
+    rows = re.findall(r"^\| (\w+) \|([^|]*)\|", (MAIN.parent / "docs/data.md").read_text(), re.MULTILINE)
+    names = {ours: text.partition(";")[0].split() for ours, text in rows if ours in ALIASES}
+    assert names == {ours: names.split() for ours, names in ALIASES.items()}
+
+
+def test_spaces_around_ids_do_not_double_the_users(tmp_path):
+    data = read(write(tmp_path / "a.csv", "user,item\n a,1\na,2\na , 3\n"))
+    assert data.interactions.user.tolist() == ["a"] * 3 and "spaces around ids are removed" in data.notes[0]
+
+
+def test_numbers_of_json_lines_may_become_fractions(tmp_path):
+    lines = "".join(f'{{"user": 1, "item": {i}, "rating": 5}}\n\n' for i in range(200))
+    file = write(tmp_path / "a.jsonl", lines + '{"user": 2, "item": 3, "rating": 4.5}\n')
+    assert read(file).interactions.rating.iloc[-1] == 4.5
+    with pytest.raises(UserError, match="a.jsonl, line 401: user is missing"):
+        read(write(tmp_path / "a.jsonl", lines + '{"item": 3, "rating": 4}\n'))
+    with pytest.raises(UserError, match="line 401: rating is 'good', of another type"):
+        read(write(tmp_path / "a.jsonl", lines + '{"user": 2, "item": 3, "rating": "good"}\n'))
+    with pytest.raises(UserError, match="line 401 is not JSON"):
+        read(write(tmp_path / "a.jsonl", lines + '{"user": 2, "item": \n'))

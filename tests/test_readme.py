@@ -1,5 +1,6 @@
 """README.md and docs/ against the program: commands run, flags, files, headings and functions exist."""
 
+import gzip
 import os
 import re
 import shlex
@@ -72,12 +73,25 @@ def test_the_two_commands_of_the_readme(folder):
     assert f"{evaluated['test']['NDCG@10']:.4f}" in shown
 
 
-def test_the_command_for_own_data(folder):
+def test_the_commands_for_own_data(folder):
     write_csv(folder / "clicks.csv")
-    command = next(line for line in COMMANDS if "clicks.csv" in line)
-    assert command.startswith("python main.py")
-    here(*flags_of(command), cwd=folder).ok()
+    look, train = (line for line in COMMANDS if "clicks.csv" in line)
+    assert "to expect: " in here(*flags_of(look), cwd=folder).ok().stdout
+    here(*flags_of(train), cwd=folder).ok()
     assert read_json(folder / "runs" / "latest" / "result.json")["dataset"] == "clicks"
+
+
+def test_the_commands_of_data(folder):
+    table = write_csv(folder / "shop.csv").read_text()
+    (folder / "logs").mkdir()
+    for name in "ab":
+        log = table.replace("user,item", "visitor,sku") + ",1,2,3\n"
+        (folder / "logs" / f"{name}.csv.gz").write_bytes(gzip.compress(log.encode()))
+    look, train, many = commands_of("data.md")
+    assert "to expect: " in here(*flags_of(look), cwd=folder).ok().stdout
+    here(*flags_of(train), "--num_epochs=1", cwd=folder).ok()
+    shown = here(*flags_of(many), cwd=folder).ok().stdout
+    assert "2 rows with a missing id" in shown and "user is visitor" in shown
 
 
 def test_every_feature_of_the_table_runs(folder):

@@ -133,7 +133,8 @@ def choose_columns(names: Iterable[str], wishes: Wishes, file: Path, example: st
 def describe_columns(chosen: dict[str, str], names: Iterable[str]) -> str:
     """ "user is userId, item is movieId; not read: genres", or "" if all columns bear our names."""
     renamed = [f"{ours} is {theirs}" for ours, theirs in chosen.items() if ours != theirs]
-    ignored = [f"column {x}" if x.isdigit() else x for x in names if x not in chosen.values()]
+    ignored = [name for name in names if name not in chosen.values()]
+    ignored = [f"column {name}" if name.isdigit() else name or "(no name)" for name in ignored]
     parts = [", ".join(renamed)] * bool(renamed)
     parts += [f"not read: {', '.join(ignored[:12])}{', ...' * (len(ignored) > 12)}"] * bool(ignored)
     return "; ".join(parts)
@@ -294,6 +295,7 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
         numbers = to_numbers(values)
         return numbers, np.isnan(numbers), []
     ids = to_ids(values)
+    said = ["spaces around ids are removed"] * has_spaces(values)
     if name == "split":
         known = [SPLITS.get(word.lower()) for word in ids.categories]
         splits = np.array([*known, None], dtype=object)[ids.codes]
@@ -301,7 +303,15 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
     bad = ids.codes < 0
     if wishes.drop_bad_rows:  # then NULL means that the id is missing
         bad |= np.append(ids.categories.str.lower().isin(NO_IDS), True)[ids.codes]
-    return ids, bad, []
+    return ids, bad, said
+
+
+def has_spaces(values: pa.ChunkedArray) -> bool:
+    """Are there spaces around a text?"""
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    parts = [chunk.dictionary.to_pylist() for chunk in values.chunks]
+    return any(isinstance(text, str) and text != text.strip() for part in parts for text in part)
 
 
 def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], str]) -> None:

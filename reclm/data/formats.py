@@ -1,8 +1,10 @@
 """The formats of own data: delimited text, JSON lines and Parquet, each opened as an `Opened` table."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,6 +62,8 @@ class Opened:
 def open_table(file: Path) -> Opened:
     """Raises UserError for a file of another format."""
     name = bare_name(file)
+    if name.endswith((".xlsx", ".xls")):
+        raise UserError(f"{file} is an Excel file: save it as CSV")
     if name.endswith(PARQUET):
         return open_parquet(file)
     return open_json_lines(file) if name.endswith(JSON_LINES) else open_text(file)
@@ -97,7 +101,11 @@ def open_json_lines(file: Path) -> Opened:
     kinds = {name: json_type([row.get(name) for row in rows]) for name in names}
 
     def read(chosen: dict[str, str], drop_bad: bool) -> tuple[pa.Table, Place, int]:
-        schema = pa.schema([(theirs, kinds[theirs]) for theirs in chosen.values()])
+        wanted = {theirs: kinds[theirs] for theirs in chosen.values()}
+        for ours, theirs in chosen.items():
+            if wanted[theirs] == pa.int64() and TYPES.get(ours, NUMBER) == NUMBER:
+                wanted[theirs] = NUMBER  # 5 in the first lines, 4.5 further down
+        schema = pa.schema(list(wanted.items()))
         parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         blocks = pa.json.ReadOptions(block_size=BLOCK)
         with open_bytes(file, progress=True) as stream:
@@ -106,9 +114,16 @@ def open_json_lines(file: Path) -> Opened:
             except pa.ArrowInvalid as error:
                 refuse_json(file, schema, error)
         table = pa.table({ours: table[theirs] for ours, theirs in chosen.items()})
-        return table, lambda row: f"{file}, object {row + 1}", 0
+        return table, lambda row: line_of_object(file, row), 0
 
     return Opened(names, read)
+
+
+def line_of_object(file: Path, row: int) -> str:
+    """ "FILE, line N" of object 0, 1, ..."""
+    with open_bytes(file) as stream:
+        lines = (i for i, line in enumerate(io.TextIOWrapper(stream, errors="replace"), 1) if line.strip())
+        return f"{file}, line {next(islice(lines, row, None))}"
 
 
 def parse_json_line(file: Path, number: int, line: str) -> dict:
@@ -144,15 +159,13 @@ def json_type(values: list) -> pa.DataType:
 def refuse_json(file: Path, schema: pa.Schema, error: Exception) -> None:
     """Raises UserError for the first line that is no JSON object or has a value of another type."""
     with open_bytes(file) as stream:
-        lines = bytes(stream.read()).decode("utf-8-sig", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        row = parse_json_line(file, number, line) if line.strip() else {}
-        for name, kind in zip(schema.names, schema.types, strict=True):
-            value = row.get(name)
-            if value is not None and json_type([value]) not in (kind, pa.int64()):
-                raise UserError(
-                    f"{file}, line {number}: {name} is {value!r:.60}, of another type than in the first lines"
-                )
+        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8-sig", "replace"), 1):
+            row = parse_json_line(file, number, line) if line.strip() else {}
+            for name, kind in zip(schema.names, schema.types, strict=True):
+                value = row.get(name)
+                if value is not None and json_type([value]) not in (kind, pa.int64()):
+                    what = f"{name} is {value!r:.60}, of another type than in the first lines"
+                    raise UserError(f"{file}, line {number}: {what}")
     raise UserError(f"{file} cannot be read as JSON lines ({first_line(error)})") from None
 
 
@@ -214,19 +227,17 @@ def read_delimited(
     types = {theirs: TYPES.get(ours, TEXT) for ours, theirs in chosen.items()}
     if "timestamp" in chosen:
         types[chosen["timestamp"]] = type_of_times(file, layout, chosen["timestamp"])
-    try:
-        table, dropped = read_text(file, layout, types, drop_bad)
-    except pa.ArrowInvalid as error:
-        if "UTF8" in str(error) and layout.encoding == "utf-8-sig":
-            said.append("encoding latin-1, as it is not UTF-8")
-            return read_delimited(file, replace(layout, encoding="latin-1"), chosen, drop_bad, said)
+    for kinds in (types, dict.fromkeys(types, TEXT)):
         try:
-            table, dropped = read_text(file, layout, dict.fromkeys(types, TEXT), drop_bad)
+            table, dropped = read_text(file, layout, kinds, drop_bad)
+            break
         except pa.ArrowInvalid as error:
             if "UTF8" in str(error) and layout.encoding == "utf-8-sig":
                 said.append("encoding latin-1, as it is not UTF-8")
                 return read_delimited(file, replace(layout, encoding="latin-1"), chosen, drop_bad, said)
-            raise UserError(f"{file} cannot be read ({first_line(error)})") from None
+            reason = first_line(error)
+    else:
+        raise UserError(f"{file} cannot be read ({reason})")
     table = pa.table({ours: table[theirs] for ours, theirs in chosen.items()})
     return table, lambda row: line_of_row(file, layout, row), dropped
 

@@ -22,13 +22,13 @@ import torch
 
 from reclm.config import FIELDS, Config, fixed_names
 from reclm.data.dataset import Dataset, Vocabulary
+from reclm.data.sources import FINDERS
 from reclm.errors import UserError, first_line
 from reclm.run import dist
 from reclm.run.logger import say
 from reclm.run.validate import check_state
 
 VERSION = 6  # raise it when the same file would mean another model, and extend `upgrade`
-OWN_FILES = {".csv", ".tsv", ".parquet"}
 NO_LONGER = {  # settings of version 4 that were removed, and the values that are now fixed
     "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
     "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
@@ -187,15 +187,25 @@ def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
     they differ in a setting that one of these `parts` fixes (PARTS in reclm/config.py)."""
     saved = state["config"]
     for name in fixed_names(saved, *parts):
-        paths = {Path(str(settings.get(name))).suffix for settings in (given, saved)}
-        if name == "dataset" and paths <= OWN_FILES:
-            continue  # the user's own file may have been moved: its content decides, see restore_model
-        if name in given and name in saved and given[name] != saved[name]:
+        if name not in given or name not in saved or may_have_moved(name, given[name], saved[name]):
+            continue
+        if given[name] != saved[name]:
             raise UserError(
                 f"--{name}={given[name]} contradicts {path}, which has {name}={saved[name]}: "
                 "leave the flag out or choose another checkpoint"
             )
     return saved | given
+
+
+def may_have_moved(name: str, ours: str | None, theirs: str | None) -> bool:
+    """Do both name files of the user, which may lie elsewhere by now? Their content decides then: see
+    `restore_model`."""
+    if name == "dataset":
+        return ours not in FINDERS and theirs not in FINDERS
+    if name == "item_features":
+        files = [[Path(part.strip()).name for part in (text or "").split(",")] for text in (ours, theirs)]
+        return files[0] == files[1]
+    return False
 
 
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
