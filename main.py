@@ -212,9 +212,9 @@ def describe(given: dict) -> None:
     run = Run(cfg, dataset, build_model(cfg, dataset))
     say(report.describe_model(run.model, len(run.batches), run.batches.num_targets))
     seconds = []
-    for step, micro_batches, num_targets in islice(run.batches.epoch(0, 0), 4):
+    for step, micro_batches, num_targets in islice(run.batches.epoch(0), 4):
         begin = time.time()
-        with memory_of_step(0, step, micro_batches, lambda: None):
+        with memory_of_step(0, step, micro_batches):
             accumulate_gradients(run, micro_batches, num_targets)
             run.optimizer.step()
         seconds.append(time.time() - begin)

@@ -110,7 +110,7 @@ def test_refused_files(tmp_path):
     refused("i.csv", "user,item,timestamp\n1,2,True\n3,4,True\n", "line 2: timestamp is 'True'")
     refused("g.parquet", "no", "not a parquet file")
     refused("ml.csv", b"user\0item", "not a text file")
-    refused("ml.xlsx", b"PK\x03\x04 and more", "cannot read")
+    refused("ml.xlsx", b"PK\x03\x04 and more", "Excel file: save it as CSV")
     refused("two.csv", "user_id,userId,item\n1,1,2\n", "user_id and userId can both be the user: .*--columns")
     refused("n.csv", "user_id,asin,parent_asin\n1,1,2\n", "asin and parent_asin can both be the item")
     refused("h.csv", "7,8,9\n7,9,1\n", "no header: number its columns.*--columns=user=1.*7,8,9")

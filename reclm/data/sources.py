@@ -36,7 +36,7 @@ class Source:
     """The files of a dataset and how to read them."""
 
     name: str  # one of FINDERS, or the stem of the user's file
-    protocol: str  # a short phrase, printed with the results
+    protocol: str  # a short phrase, printed with the results; "" = follows from the columns
     files: tuple[Path, ...]  # all that the reader reads, in a fixed order; hashed for the cache key
     reader: str  # key into READERS, or "own"
     notes: tuple[str, ...] = ()  # caveats to print with the results
@@ -190,9 +190,9 @@ def check_size(source: Source, data: RawData) -> tuple[str, list[str]]:
     table = data.interactions
     if source.is_own:
         if "timestamp" in table:
-            return "own file, stable sort by time, leave-one-out", []
+            return source.protocol or "own file, stable sort by time, leave-one-out", []
         note = f"{source.files[0]} has no column timestamp: file order is taken as time order"
-        return "own file, file order taken as time order, leave-one-out", [note]
+        return source.protocol or "own file, file order taken as time order, leave-one-out", [note]
     found = (len(table), table["user"].nunique(), table["item"].nunique())
     wanted = SIZES.get(source.name, found)
     if found == wanted:

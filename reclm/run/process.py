@@ -53,7 +53,9 @@ def check_memory(cfg: Config, vocabulary: Vocabulary) -> None:
 
 
 @contextmanager
-def memory_of_step(epoch: int, step: int, micro_batches: list[dict], clean_up: Callable) -> Iterator[None]:
+def memory_of_step(
+    epoch: int, step: int, micro_batches: list[dict], clean_up: Callable = lambda: None
+) -> Iterator[None]:
     """Turn the errors of torch for a lack of memory into a UserError that names the step, its size and the
     settings to lower, after `clean_up()`."""
     try:
