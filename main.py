@@ -82,18 +82,19 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
     checkpoint. Raises UserError where a flag contradicts it or the data differ."""
     state = checkpoint.load_checkpoint(path)
     cfg = build_config(checkpoint.merge_config(given, state, path, "model", "data"))
-    dataset = open_dataset(cfg)
+    dataset = open_dataset(cfg, state)
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
     return cfg, dataset, model
 
 
-def open_dataset(cfg: Config) -> Dataset:
-    """The dataset with all inputs that the config asks for. Raises UserError for an unknown task, block, loss
-    or optimizer, and where the data lack an input."""
+def open_dataset(cfg: Config, state: dict | None = None) -> Dataset:
+    """The dataset with all inputs that the config asks for; with the `state` of a checkpoint, what its model
+    knows of it. Raises UserError for an unknown task, block, loss or optimizer, and where the data lack an
+    input."""
     for setting, known in NAMES.items():  # before a download that may take minutes
         choose(setting, cfg.flat()[setting], known)
-    dataset = choose_inputs(load_dataset(cfg.data, cfg.model.task), cfg)
+    dataset = choose_inputs(checkpoint.known_part(load_dataset(cfg.data, cfg.model.task), state, cfg), cfg)
     say(report.describe_data(dataset))
     return dataset
 

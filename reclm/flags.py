@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> dict:
 
 def name_values(argv: list[str]) -> list[str]:
     """`--describe` alone is `--describe=true`, for all settings that are true or false."""
-    known = {f"--{name}" for name, f in FIELDS.items() if f.type is bool}
+    known = {f"--{name}" for name, f in FIELDS.items() if f.type in (bool, bool | None)}
     return [
         f"{arg}=true" if arg in known and after.startswith("--") else arg
         for arg, after in zip(argv, [*argv[1:], "--"], strict=False)

@@ -34,7 +34,7 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
         read.append(dataset.profiles)
         notes += note_unknown(dataset.profiles, "users", "row in the user table")
     if cfg.model.item_features:
-        chosen["features"] = load_features(cfg.model.item_features, dataset)
+        chosen["features"] = dataset.features or load_features(cfg.model.item_features, dataset)
         for name, rows in chosen["features"].items():
             read.append(rows)
             notes += note_unknown(rows, "items", f"known {name}")

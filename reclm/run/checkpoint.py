@@ -22,6 +22,7 @@ import torch
 
 from reclm.config import FIELDS, Config, fixed_names
 from reclm.data.dataset import Dataset, Vocabulary
+from reclm.data.grown import align, check_same_codes, find_ids
 from reclm.data.sources import FINDERS
 from reclm.errors import UserError, first_line
 from reclm.run import dist
@@ -113,6 +114,7 @@ def about_data(dataset: Dataset) -> dict:
         "protocol": dataset.protocol,
         "fingerprint": dataset.fingerprint,
         "ids": dataset.ids,
+        "num_rows": len(dataset.item_ids),
         "vocabulary": vocabulary,
         **{name: plain(getattr(dataset, name)) for name in names},
     }
@@ -120,9 +122,12 @@ def about_data(dataset: Dataset) -> dict:
 
 def read_vocabulary(state: dict) -> Vocabulary:
     """The Vocabulary that the model of a checkpoint was built with, from the file alone."""
-    saved = state["vocabulary"]
-    features = {name: rows.numpy() for name, rows in saved["features"].items()}
-    return Vocabulary(**saved | {"cold_items": saved["cold_items"].numpy(), "features": features})
+    try:
+        saved = state["vocabulary"]
+        features = {name: rows.numpy() for name, rows in saved["features"].items()}
+        return Vocabulary(**saved | {"cold_items": saved["cold_items"].numpy(), "features": features})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the vocabulary of the checkpoint is damaged ({first_line(error)})") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -208,13 +213,25 @@ def may_have_moved(name: str, ours: str | None, theirs: str | None) -> bool:
     return False
 
 
+def known_part(dataset: Dataset, state: dict | None, cfg: Config) -> Dataset:
+    """The dataset, or where a file of the user has grown since training, what the model of a checkpoint knows
+    of it (reclm/data/grown.py). Raises UserError where it cannot have grown from that of the checkpoint."""
+    if state is None or cfg.data.dataset in FINDERS or not {"items", "vocabulary"} <= state.keys():
+        return dataset
+    if dataset.fingerprint == state["fingerprint"].partition("-")[0]:
+        return dataset
+    return align(dataset, np.asarray(state["items"]), read_vocabulary(state), state.get("num_rows"))
+
+
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
     """Load the weights to evaluate. Raises UserError if they belong to other data or another architecture."""
-    if state["fingerprint"] != dataset.fingerprint:
+    if dataset.grown:
+        check_same_codes(dataset, read_vocabulary(state), "user_embedding.weight" in state["model"])
+    elif state["fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{path} was trained on {state['dataset']} with fingerprint {state['fingerprint']}, but the "
             f"data here is {dataset.name} with fingerprint {dataset.fingerprint}: "
-            "use the same --dataset, --data_dir and --item_features"
+            f"use the same --dataset, --data_dir and --item_features, or train on with --init_from={path}"
         )
     try:
         model.load_state_dict(state["model"])
@@ -239,19 +256,46 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
                 f"{name}={ours[name]}: it may have seen this run's test data; train it with the same data "
                 "settings"
             )
-    if state.get("ids") != dataset.ids:
-        raise UserError(f"--init_from={path} was trained on other users or items: train it on the same data")
-    weights = model.state_dict()
-    if state["model"]["item_embedding.weight"].shape != weights["item_embedding.weight"].shape:
+    weights, saved, said = model.state_dict(), dict(state["model"]), ""
+    if saved["item_embedding.weight"].shape[1:] != weights["item_embedding.weight"].shape[1:]:
         raise UserError(f"--init_from={path} was trained with another --dim than {ours['dim']}: use the same")
+    if state.get("ids") != dataset.ids:
+        if cfg.data.dataset in FINDERS or "items" not in state:
+            raise UserError(
+                f"--init_from={path} was trained on other users or items: train it on the same data"
+            )
+        said = match_items(saved, weights, state, dataset)
+        if not said:
+            raise UserError(f"--init_from={path} was trained on other items: none is in {dataset.name}")
     shared = {
-        name: value
-        for name, value in state["model"].items()
-        if name in weights and value.shape == weights[name].shape
+        name: value for name, value in saved.items() if name in weights and value.shape == weights[name].shape
     }
     model.load_state_dict(shared, strict=False)
     fresh = sorted({name.split(".")[0] for name in weights.keys() - shared.keys()})
-    say(f"started from {path}: {len(shared)} of {len(weights)} tensors; new: {', '.join(fresh) or 'none'}")
+    new = ", ".join(fresh) or "none"
+    say(f"started from {path}: {len(shared)} of {len(weights)} tensors; new: {new}{said}")
+
+
+def match_items(saved: dict, weights: dict, state: dict, dataset: Dataset) -> str:
+    """Number the rows of `saved` item embeddings as `dataset` does, in place; new items get their initial
+    rows. Weights that belong to numbers of the old data are dropped. Returns what to say, "" if no item is
+    shared."""
+    place = find_ids(np.asarray(state["items"]), dataset.items)
+    there = place >= 0
+    if not there.any():
+        return ""
+    table = weights["item_embedding.weight"].clone()
+    table[1:][torch.from_numpy(there)] = saved["item_embedding.weight"][1 + torch.from_numpy(place[there])]
+    saved["item_embedding.weight"] = table
+    saved.pop("user_embedding.weight", None)  # users are known by number only
+    known = read_vocabulary(state).features
+    for i, (name, rows) in enumerate(dataset.features.items()):
+        old = known.get(name, rows[:0])
+        same = old.shape[1:] == rows.shape[1:] and len(old) and (rows[there] == old[place[there]]).all()
+        if rows.dtype.kind == "i" and not same:  # words have other numbers
+            saved.pop(f"content.projections.{i}.weight", None)
+    new, gone = (~there).sum(), len(state["items"]) - there.sum()
+    return f"; {new:,} new items start untrained, {gone:,} items of the checkpoint are not in the data"
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:

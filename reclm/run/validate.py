@@ -12,8 +12,8 @@ from reclm.flags import parse_settings
 
 TYPES = {  # of the entries of a checkpoint
     "version": int, "model": dict, "trained": dict, "optimizer": dict, "progress": dict, "history": list,
-    "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "vocabulary": dict,
-    "items": (list, Tensor), "titles": list, "genre_names": list,
+    "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "num_rows": int,
+    "vocabulary": dict, "items": (list, Tensor), "titles": list, "genre_names": list,
 }  # fmt: skip
 PROGRESS = {  # of main.Progress: type and least value
     "epoch": (int, 0), "step": (int, 0), "loss_sum": (float, -math.inf), "num_targets": (int, 0),
