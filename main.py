@@ -14,13 +14,17 @@ import os
 # this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
+
 import math
 import time
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn

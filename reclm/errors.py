@@ -1,5 +1,9 @@
 """UserError, the exception that becomes a one-line message."""
 
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -14,6 +18,38 @@ class LocalError(UserError):
 def printable(text: str) -> str:
     """The text with control characters, which a terminal would obey, as \\x1b; lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; bad input, or an OSError such as a full disk, ends it with one line and exit code 2."""
+    open_streams()
+    try:
+        main()
+        sys.stdout.flush()
+    except (UserError, OSError) as error:
+        print_error(error)
+        raise SystemExit(2) from None
+
+
+def open_streams() -> None:
+    """Where the standard output or error is closed, drop what is written to it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the end)
+
+
+def print_error(error: Exception) -> None:
+    """ "error: ..." on the standard error. What waits for a standard output that cannot be written is
+    dropped, or Python would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # ValueError: it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, UserError):
+            error = f"cannot write to the standard output ({error.strerror}): is it closed, or the disk full?"
+    with suppress(OSError):
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from data import HELD_OUT, load_dataset
 from evaluate import evaluate
 from reclm.config import ModelConfig, build_config
 from reclm.data.dataset import Dataset
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 from reclm.flags import parse_args
 from reclm.nn.heads import NUM_BUCKETS, distribution_errors, time_buckets
 from reclm.run import report
@@ -111,23 +111,20 @@ def print_gap_tables(dataset: Dataset) -> None:
 
 
 def main() -> None:
-    try:
-        cfg = build_config(parse_args())
-        dataset = load_dataset(cfg.data)
-        print(report.describe_data(dataset))
-        for name, scores in (("popularity", popularity), ("Markov chain", markov_chain)):
-            model = Baseline(scores(dataset), cfg.model)
-            for split in ("valid", "test"):
-                print(
-                    report.format_metrics(
-                        f"{split.upper()}, {name}", evaluate(model, dataset, split, cfg.eval), cfg
-                    )
+    cfg = build_config(parse_args())
+    dataset = load_dataset(cfg.data)
+    print(report.describe_data(dataset))
+    for name, scores in (("popularity", popularity), ("Markov chain", markov_chain)):
+        model = Baseline(scores(dataset), cfg.model)
+        for split in ("valid", "test"):
+            print(
+                report.format_metrics(
+                    f"{split.upper()}, {name}", evaluate(model, dataset, split, cfg.eval), cfg
                 )
-        if len(dataset.timestamps):
-            print_gap_tables(dataset)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+            )
+    if len(dataset.timestamps):
+        print_gap_tables(dataset)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

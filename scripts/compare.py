@@ -19,6 +19,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from reclm.errors import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--dataset=ml-100k"]
 RUNS = {  # name: (processes, flags)
@@ -117,4 +121,4 @@ def compare(before: dict, after: dict, names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import load_dataset
 from reclm.config import build_config
-from reclm.errors import UserError, first_line
+from reclm.errors import UserError, first_line, run_script
 from reclm.flags import parse_args
 from reclm.run.output import add_out, check_out, save_array
 
@@ -156,7 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -20,7 +20,7 @@ import numpy as np
 from data import load_dataset
 from reclm.config import build_config
 from reclm.data.dataset import Dataset
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 from reclm.flags import parse_args
 from reclm.run.output import add_out, check_out, save_array
 
@@ -69,7 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -22,7 +22,7 @@ from data import HELD_OUT
 from evaluate import rank_users
 from main import open_checkpoint
 from reclm.data.dataset import Dataset
-from reclm.errors import UserError, first_line
+from reclm.errors import UserError, first_line, run_script
 from reclm.flags import parse_args
 from reclm.metrics import ranking_sums
 from reclm.run import checkpoint, folder
@@ -47,23 +47,20 @@ def main() -> None:
     )
     parser.add_argument("--rows", required=True, help="condition on rows, a pandas query")
     args, flags = parser.parse_known_args()
-    try:
-        given = parse_args(flags)
-        path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
-        cfg, dataset, model = open_checkpoint(given, path)
-        if cfg.model.task != "matching":
-            raise UserError(f"{path} is of --task={cfg.model.task}: use one of --task=matching")
-        chosen = torch.from_numpy(users_with(args.rows, dataset))
-        for split in HELD_OUT:
-            users, ranks = rank_users(model, dataset, split, cfg.eval)
-            for words, group in (("with such a row", chosen[users]), ("all others", ~chosen[users])):
-                count = int(group.sum())
-                sums = ranking_sums(ranks[group])
-                means = (f"{name} {sums[name] / max(count, 1):.4f}" for name in ("HR@10", "NDCG@10"))
-                print(f"{split:<6} {words:<16} {count:>7,} users   {'   '.join(means)}")
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    given = parse_args(flags)
+    path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
+    cfg, dataset, model = open_checkpoint(given, path)
+    if cfg.model.task != "matching":
+        raise UserError(f"{path} is of --task={cfg.model.task}: use one of --task=matching")
+    chosen = torch.from_numpy(users_with(args.rows, dataset))
+    for split in HELD_OUT:
+        users, ranks = rank_users(model, dataset, split, cfg.eval)
+        for words, group in (("with such a row", chosen[users]), ("all others", ~chosen[users])):
+            count = int(group.sum())
+            sums = ranking_sums(ranks[group])
+            means = (f"{name} {sums[name] / max(count, 1):.4f}" for name in ("HR@10", "NDCG@10"))
+            print(f"{split:<6} {words:<16} {count:>7,} users   {'   '.join(means)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,7 +28,7 @@ from reclm.data.columns import IDS, Wishes
 from reclm.data.dataset import Dataset
 from reclm.data.impressions import SPLITS
 from reclm.data.own import read_own
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 from reclm.flags import parse_args
 from reclm.run import checkpoint, folder
 from reclm.run.output import add_out, check_out, write_whole
@@ -117,11 +117,8 @@ def main() -> None:
     )
     add_out(parser, ".csv file")
     args, others = parser.parse_known_args()
-    try:
-        rank(args, parse_args(others))
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    rank(args, parse_args(others))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

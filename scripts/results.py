@@ -28,6 +28,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from reclm.errors import UserError, run_script
+
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "configs" / "records"
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR", "AUC", "GAUC", "logloss", "NE")  # of either task
@@ -53,21 +57,21 @@ def read_records(folder: Path = RECORDS) -> dict[str, list[dict]]:
 
 
 def values(name: str, path: str, folder: Path = RECORDS) -> list:
-    """What `path` ("test/NDCG@10") is in each record called `name`, or in a JSON file. Raises SystemExit for
+    """What `path` ("test/NDCG@10") is in each record called `name`, or in a JSON file. Raises UserError for
     an unknown name or path."""
     if name.endswith(".json"):
         sources = [json.loads((folder / name).read_text())] if (folder / name).is_file() else []
     else:
         sources = read_records(folder).get(name, [])
     if not sources:
-        raise SystemExit(f"error: no record {name} in {folder}")
+        raise UserError(f"no record {name} in {folder}")
     found = []
     for value in sources:
         keys = path
         while keys:  # names of metrics may hold a slash themselves
             key = next((k for k in value if keys == k or keys.startswith(f"{k}/")), None)
             if key is None:
-                raise SystemExit(f"error: record {name} has no {path}")
+                raise UserError(f"record {name} has no {path}")
             value, keys = value[key], keys[len(key) + 1 :]
         found.append(value)
     return found
@@ -122,12 +126,12 @@ def read_blocks(folder: Path = RECORDS) -> dict[str, str]:
 
 
 def with_blocks(text: str, blocks: dict[str, str]) -> str:
-    """The text of a file with every marked block written again. Raises SystemExit for an unknown one."""
+    """The text of a file with every marked block written again. Raises UserError for an unknown one."""
 
     def block(match: re.Match) -> str:
         name = match[2]
         if name not in blocks:
-            raise SystemExit(f"error: no block {name} in {RECORDS / 'blocks.md'}")
+            raise UserError(f"no block {name} in {RECORDS / 'blocks.md'}")
         begin, end = match[0].splitlines()[0], match[0].splitlines()[-1]
         comment = "# " if match[1] == "# " else ""
         return "\n".join([begin, *(comment + line for line in blocks[name].splitlines()), end])
@@ -154,28 +158,28 @@ def write() -> None:
 
 
 def read_result(path: Path) -> dict:
-    """A result.json. Raises SystemExit if it is damaged or of another program."""
+    """A result.json. Raises UserError if it is damaged or of another program."""
     try:
         found = json.loads(path.read_text())
         complete = found.keys() >= RESULT and all(
             isinstance(found[split], dict) for split in ("valid", "test")
         )
     except (OSError, ValueError, AttributeError) as error:
-        raise SystemExit(f"error: {path} is damaged or no result of a run ({error})") from None
+        raise UserError(f"{path} is damaged or no result of a run ({error})") from None
     if not complete:
-        raise SystemExit(f"error: {path} is no result of a training: it needs {', '.join(sorted(RESULT))}")
+        raise UserError(f"{path} is no result of a training: it needs {', '.join(sorted(RESULT))}")
     return found
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """The result.json of each run. Raises SystemExit where one is missing or they are not comparable."""
+    """The result.json of each run. Raises UserError where one is missing or they are not comparable."""
     missing = [folder for folder in folders if not (Path(folder) / "result.json").is_file()]
     if missing:
-        raise SystemExit(f"error: no result.json in {', '.join(missing)}: that run has not ended")
+        raise UserError(f"no result.json in {', '.join(missing)}: that run has not ended")
     results = [read_result(Path(folder) / "result.json") for folder in folders]
     protocols = {result["protocol"] for result in results}
     if len(protocols) > 1:
-        raise SystemExit(f"error: these runs follow different protocols: {', '.join(sorted(protocols))}")
+        raise UserError(f"these runs follow different protocols: {', '.join(sorted(protocols))}")
     return results
 
 
@@ -234,7 +238,7 @@ def within(known: list[float], new: float, noise: float) -> tuple[bool, str]:
 
 def check(name: str, folder: Path = RECORDS) -> bool:
     """Run the commands of the first record called `name`, print how its test metric compares with the
-    recorded seeds, and return whether it is within their spread. Raises SystemExit where a command fails."""
+    recorded seeds, and return whether it is within their spread. Raises UserError where a command fails."""
     start = {"torchrun": ["-m", "torch.distributed.run"], "python": []}
     with tempfile.TemporaryDirectory() as out:
         for command in values(name, "commands", folder)[0]:
@@ -242,11 +246,11 @@ def check(name: str, folder: Path = RECORDS) -> bool:
             print(command, flush=True)
             program, *rest = shlex.split(command)
             if subprocess.run([sys.executable, *start[program], *rest], cwd=ROOT).returncode:
-                raise SystemExit(f"error: {name} was not remade: {command}")
+                raise UserError(f"{name} was not remade: {command}")
         written = [Path(out) / file for file in ("eval-best.json", "result.json")]
         found = [json.loads(path.read_text()) for path in written if path.is_file()]
     if not found:
-        raise SystemExit(f"error: the commands of {name} write no result file: compare what they print")
+        raise UserError(f"the commands of {name} write no result file: compare what they print")
     test = found[0]["test"]
     metric = next(metric for metric in SEED_NOISE if metric in test)
     good, sentence = within(values(name, f"test/{metric}", folder), test[metric], SEED_NOISE[metric])
@@ -276,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

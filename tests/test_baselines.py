@@ -60,5 +60,5 @@ def test_it_ranks_in_the_harness(tmp_path):
 
 
 def test_bad_data_is_one_line(tmp_path):
-    message = here("--dataset=none.csv", cwd=tmp_path, program=baselines.main).code  # the text of SystemExit
-    assert message.startswith("error:") and "none.csv" in message and "\n" not in message
+    shown = here("--dataset=none.csv", cwd=tmp_path, program=lambda: run_script(baselines.main))
+    assert shown.code == 2 and len(shown.errors) == 1 and "none.csv" in shown.errors[0]

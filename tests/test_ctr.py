@@ -30,6 +30,7 @@ from evaluate import score_impressions
 from main import open_checkpoint
 from reclm.config import DataConfig
 from reclm.data import sources
+from reclm.errors import run_script
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import rank
@@ -235,8 +236,8 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
 )
 def test_unknown_candidates_are_refused(work, line, named):
     (work / "c.csv").write_text(f"user,item\nu1,i1\n{line}\n")
-    message = here(*RANK, cwd=work, program=rank.main).code  # the text of SystemExit
-    assert message.startswith("error: ") and "\n" not in message and all(name in message for name in named)
+    shown = here(*RANK, cwd=work, program=lambda: run_script(rank.main))
+    assert shown.code == 2 and len(shown.errors) == 1 and all(name in shown.errors[0] for name in named)
     assert not (work / "ranked.csv").exists()
 
 

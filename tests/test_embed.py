@@ -242,7 +242,7 @@ def test_a_folder_or_a_file_that_does_not_fit(posters):
     """As the user sees it once, the rest inside this process."""
     shown = run("embed_images.py", "--folder=missing", cwd=posters)
     assert shown.stderr == "error: missing has no image named <item id>.jpg, .jpeg or .png\n"
-    assert shown.returncode == 1 and not (posters / "out.npy").exists()
+    assert shown.returncode == 2 and not (posters / "out.npy").exists()
     assert "--batch_size=0 must be at least 1" in refused("--batch_size=0", cwd=posters)
     assert "must end in .npy" in refused("--out=out.bin", cwd=posters)
     assert "there is no folder missing" in refused("--out=missing/out.npy", cwd=posters)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -246,7 +247,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, size):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"protocol": "P3"}', b"\xff\xfe", "7"])
 def test_a_result_that_is_none_is_one_line(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SystemExit, match="error: .*result.json is (damaged|no result)"):
+    with pytest.raises(UserError, match="result.json is (damaged|no result)"):
         results.read_results([str(tmp_path)])
 
 
@@ -553,3 +554,59 @@ def test_a_process_that_dies_is_noticed(tmp_path):
 
 def test_control_characters_are_shown_and_not_obeyed():
     assert printable("a\x1b[2J\tb\nc\x07é") == "a\\x1b[2J\tb\nc\\x07é"
+
+
+# ---------------------------------------------------------------- streams and interpreters
+
+PROGRAMS = [MAIN, *sorted((MAIN.parent / "scripts").glob("*.py"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_isolated_in_the_c_locale(program, tmp_path):
+    """python -I: neither the folder of the program nor PYTHON... variables count."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C"}
+    command = [sys.executable, "-I", str(program), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=90)
+    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+def launch_into(output, work, *flags, stderr=subprocess.PIPE):
+    """main.py with its standard output on `output`, a file or None for a closed one."""
+    command = [sys.executable, str(MAIN), *flags]
+    before = (lambda: os.close(1)) if output is None else None
+    env = os.environ | {"RECLM_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=work, env=env, stdout=output, stderr=stderr, preexec_fn=before, text=True, timeout=90
+    )
+
+
+def test_a_closed_output_does_not_stop_a_run(work):
+    done = launch_into(None, work, *SHORT, "--out_dir=silent")
+    assert done.returncode == 0, done.stderr
+    assert (work / "silent" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("how", ["full", "pipe"])
+def test_an_output_that_cannot_be_written_ends_in_one_line(work, how):
+    if how == "full":
+        with open("/dev/full", "w") as full:
+            done = launch_into(full, work, *SHORT, "--out_dir=unseen")
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as closed:
+            done = launch_into(closed, work, *SHORT, "--out_dir=unseen")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "standard output" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    here(*SHORT, "--out_dir=unseen", "--resume=auto", cwd=work).ok()
+
+
+def test_unicode_ids_in_the_c_locale(tmp_path):
+    text = "user,item,timestamp\n" + "".join(
+        f"ü{u},é{(u + t) % 9},{t}\n" for u in range(12) for t in range(8)
+    )
+    (tmp_path / "ü.csv").write_text(text)
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    shown = python("--dataset=ü.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path, env=env)
+    assert "\\xfc" in shown.ok().stdout  # what ASCII cannot show is escaped

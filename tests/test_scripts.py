@@ -12,6 +12,8 @@ sys.path.insert(0, str(MAIN.parent / "scripts"))
 import evaluate_groups
 import results
 
+from reclm.errors import UserError
+
 SCRIPT = MAIN.parent / "scripts" / "results.py"
 RANKING = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR")
 FENCE = re.compile(r"^```\w*\n.*?^```$", re.DOTALL | re.MULTILINE)
@@ -109,7 +111,7 @@ def test_placeholders_by_hand(records):
     }.items():
         assert results.fill(template, records) == filled
     for wrong in ("{c test/HR@10}", "{a/lr=1 test/HR@10}", "{c.json x}"):
-        with pytest.raises(SystemExit, match="no record c|a/lr=1 has no test/HR@10"):
+        with pytest.raises(UserError, match="no record c|a/lr=1 has no test/HR@10"):
             results.fill(wrong, records)
 
 
@@ -119,7 +121,7 @@ def test_blocks_are_written_again_in_markdown_and_yaml(records):
     text = "x\n<!-- block: one -->\nold\n<!-- end -->\ny\n# block: two\n# end\nz: 1\n"
     new = "x\n<!-- block: one -->\n2 seeds\nof a\n<!-- end -->\ny\n# block: two\n# b\n# end\nz: 1\n"
     assert results.with_blocks(text, blocks) == results.with_blocks(new, blocks) == new
-    with pytest.raises(SystemExit, match="no block three"):
+    with pytest.raises(UserError, match="no block three"):
         results.with_blocks("# block: three\n# end\n", blocks)
 
 

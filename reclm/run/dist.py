@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reclm.errors import LocalError, UserError, first_line, printable
+from reclm.errors import LocalError, UserError, first_line, open_streams, print_error
 from reclm.run.process import die_with_launcher, keep_freed_memory
 
 # A reference that keeps the process group alive until free_group(). If DDP were its last owner, it would free
@@ -69,6 +69,7 @@ def distributed():
     raise it (see `on_main`), and the main process prints it for all.
     """
     keep_freed_memory()
+    open_streams()
     try:
         check_environment()
         if num_processes() > 1:
@@ -92,8 +93,7 @@ def distributed():
         barrier()  # without it gloo aborts one run in a hundred at interpreter exit
     except (UserError, OSError) as error:
         if isinstance(error, LocalError) or is_main():
-            sys.stdout.flush()
-            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+            print_error(error)
         else:  # torchrun kills all processes when the first one exits: let the main one print and exit first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)

@@ -27,6 +27,8 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import matplotlib.pyplot as plt
 import measure  # before torch
 import numpy as np

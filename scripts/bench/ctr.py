@@ -16,9 +16,13 @@ variants; times are medians. The flags of main.py for data, model and training a
 """
 
 import argparse
+import sys
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import measure  # before torch
 import numpy as np

@@ -143,11 +143,3 @@ def write_csv(
     """Write a dataset with one row per action, separated by tabs if the header is, else by commas."""
     separator = "\t" if "\t" in header else ","
     np.savetxt(path, np.stack([users, items, times], axis=1), "%d", separator, header=header, comments="")
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError exits with one line instead of a traceback."""
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -21,13 +21,16 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from measure import arguments, compare, launcher, peak_of, run, say, show, table, write, write_csv
+sys.path.insert(0, str(Path(__file__).parent))
 
-from reclm.errors import UserError
+import numpy as np
+from measure import arguments, compare, launcher, peak_of, say, show, table, write, write_csv
+
+from reclm.errors import UserError, run_script
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -101,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -26,11 +26,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import arguments, compare, launcher, peak_of, run, say, show, table, write, write_csv
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measure import arguments, compare, launcher, peak_of, say, show, table, write, write_csv
 
 from data import load_dataset
 from reclm.config import DataConfig
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 
 TORCH = "torch==2.13.0"
 OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that work with RecBole
@@ -165,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import measure  # noqa: F401  puts the spine on sys.path
 import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 
