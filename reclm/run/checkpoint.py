@@ -147,6 +147,8 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} was written by another version of this program: use that version or train again"
         )
     check_state(state, path)
+    if Path(str(state["config"].get("dataset"))).suffix.lower() in OWN_FILES:
+        state["config"].setdefault("repeats", "keep")  # earlier versions dropped no rows
     return state
 
 
@@ -225,8 +227,8 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
         if state["config"].get(name) != ours[name]:
             raise UserError(
                 f"--init_from={path} was trained with {name}={state['config'].get(name)}, this run has "
-                f"{name}={ours[name]}: it may have seen this run's test data; train it with the same data "
-                "settings"
+                f"{name}={ours[name]}: it may have seen this run's test data; use the same data settings "
+                "for both"
             )
     if state.get("ids") != dataset.ids:
         raise UserError(f"--init_from={path} was trained on other users or items: train it on the same data")
