@@ -190,7 +190,7 @@ class LossConfig:
     """true = draw negatives once per batch, which is fast; false = once per position, as SASRec does"""
     exclude_history: bool | None = setting(None, "trajectory", MATCHING)
     """true = items of the user's training history are not used as negatives, since filter_seen keeps them out
-    of the ranking as well; false = only the target is not used [default: like filter_seen]"""
+    of the ranking as well; false = only the target is not used [default: as for filter_seen]"""
     negative_below: float | None = setting(None, "trajectory", MATCHING)
     """treat lower ratings as negative feedback, which stays in the history but is never a target of the loss
     [default: every action is a target]"""
