@@ -135,7 +135,7 @@ class NextItems:
             batch["targets"] *= pad(~self.dataset.negative, starts + 1, lengths, width)
         if self.loss.loss not in NEEDS_NO_NEGATIVES:
             batch["negatives"] = self.sampler.draw(rng, users, batch["targets"])
-        if self.loss.exclude_history and self.loss.share_negatives:
+        if self.loss.exclude_history is not False and self.loss.share_negatives:
             batch["seen_items"] = whole_histories(self.dataset, users, self.dataset.train_lengths[users])
         return to_tensors(batch)
 

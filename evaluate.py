@@ -37,25 +37,29 @@ def on_device(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterato
 @torch.inference_mode()
 def rank_users(
     model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig, among_cold: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(users, ranks) of this process's users: their indices and the float64 ranks of their held-out items
-    (best is 1) among all items, or with `among_cold` among cold items only. Raises UserError, in all
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(users, ranks, new_ranks) of this process's users: their indices and the float64 ranks of their
+    held-out items (best is 1) among all items, or with `among_cold` among cold items only. `new_ranks`
+    always leave the history out, and are 0 where the item is not new to the user. Raises UserError, in all
     processes, on a non-finite score."""
-    users, ranks, broken = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.double)], []
+    none = torch.zeros(0, dtype=torch.double)
+    users, ranks, new_ranks, broken = [none.long()], [none], [none], []
     max_len = model.cfg.max_len
     for batch in on_device(model, eval_batches(dataset, split, max_len, batch_size(dataset, max_len))):
         scores = model(batch)  # (B, V)
         broken += batch["user_ids"][~scores.isfinite().all(1)].tolist()
-        target = scores.gather(1, batch["target_ids"][:, None])  # (B, 1)
         if among_cold:
             of_cold = scores[:, model.cold_items]
             scores = torch.full_like(scores, -torch.inf).index_copy_(1, model.cold_items, of_cold)
-        scores[:, 0] = -torch.inf  # row 0 is padding, not an item
-        if cfg.filter_seen:
-            scores.scatter_(1, batch["seen_items"], -torch.inf)
-            scores.scatter_(1, batch["target_ids"][:, None], target)  # it may also occur in the history
+        items, targets = scores[:, 1:], batch["target_ids"] - 1  # column 0 is padding, not an item
+        kept_in = rank_of_target(items, targets) if cfg.filter_seen is False else None
+        # A target that was used before is left out as well, not given away: it comes after all new items.
+        scores.scatter_(1, batch["seen_items"], -torch.inf)
+        left_out = rank_of_target(items, targets)
+        is_new = (batch["seen_items"] != batch["target_ids"][:, None]).all(1)  # (B,)
         users.append(batch["user_ids"].cpu())
-        ranks.append(rank_of_target(scores, batch["target_ids"]).cpu())
+        ranks.append((left_out if kept_in is None else kept_in).cpu())
+        new_ranks.append((left_out * is_new).cpu())
     # All processes must raise, not only the one with the bad scores, or the others would wait for it forever.
     broken = [user for part in dist.gather_from_processes(broken) for user in part]
     if broken:
@@ -63,7 +67,7 @@ def rank_users(
             f"the model gives non-finite scores to {len(broken)} user(s), "
             f"first to {dataset.users[broken[0]]}: these weights cannot be evaluated, use another checkpoint"
         )
-    return torch.cat(users), torch.cat(ranks)
+    return torch.cat(users), torch.cat(ranks), torch.cat(new_ranks)
 
 
 def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
@@ -74,19 +78,20 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
 
 
 def ranking_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:
-    users, ranks = rank_users(model, dataset, split, cfg)
+    users, ranks, new_ranks = rank_users(model, dataset, split, cfg)
     metrics, count = mean_over_processes(ranking_sums(ranks), len(ranks))
     if count != len(dataset.ranked_users):
         raise AssertionError(f"ranked {count} users of {len(dataset.ranked_users)}")
+    groups = {"new": new_ranks[new_ranks > 0]}
     if len(dataset.negative):  # targets that the user liked, which is what a ranking should find
         targets = dataset.offsets[users.numpy() + 1] - HELD_OUT[split]
-        liked = ranks[torch.from_numpy(~dataset.negative[targets])]
-        of_liked, count = mean_over_processes(ranking_sums(liked), len(liked))
-        metrics |= {f"liked/{name}": value for name, value in of_liked.items()} | {"liked/users": count}
+        groups["liked"] = ranks[torch.from_numpy(~dataset.negative[targets])]
     if len(dataset.cold_items) and split == "test":  # all test targets are cold items
-        _, ranks = rank_users(model, dataset, split, cfg, among_cold=True)
-        of_cold, _ = mean_over_processes(ranking_sums(ranks), len(ranks))
-        metrics |= {f"cold/{name}": value for name, value in of_cold.items()}
+        groups["cold"] = rank_users(model, dataset, split, cfg, among_cold=True)[1]
+    for group, part in groups.items():
+        means, size = mean_over_processes(ranking_sums(part), len(part))
+        if group != "new" or size < count:  # where all targets are new, it would be the same again
+            metrics |= {f"{group}/{name}": value for name, value in means.items()} | {f"{group}/users": size}
     if getattr(model, "time_head", None) is not None:
         metrics |= time_metrics(model, dataset, split)
     return metrics

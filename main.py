@@ -35,6 +35,7 @@ from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import Config, build_config
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
+from reclm.data.repeats import settle_history
 from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
@@ -42,17 +43,12 @@ from reclm.nn.losses import LOSSES
 from reclm.run import checkpoint, dist, folder, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
-from reclm.run.optim import OPTIMIZERS, build_optimizer, learning_rate, update_average
+from reclm.run.optim import OPTIMIZERS, build_optimizer, choose_warmup, learning_rate, update_average
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.run.validate import check_optimizer
 
 # Settings whose value is a key of one of these dicts: to add a loss or a block, add an entry there.
-NAMES = {
-    "task": FORWARD,
-    "model_name": BLOCKS,
-    "loss": LOSSES,
-    "optimizer": OPTIMIZERS,
-}
+NAMES = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": OPTIMIZERS}
 
 
 def main() -> None:
@@ -94,11 +90,12 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
 
 def open_dataset(cfg: Config, state: dict | None = None) -> Dataset:
     """The dataset with all inputs that the config asks for; with the `state` of a checkpoint, what its model
-    knows of it. Raises UserError for an unknown task, block, loss or optimizer, and where the data lack an
-    input."""
+    knows of it. Settings left to the data are settled. Raises UserError for an unknown task, block, loss or
+    optimizer, and where the data lack an input."""
     for setting, known in NAMES.items():  # before a download that may take minutes
         choose(setting, cfg.flat()[setting], known)
     dataset = choose_inputs(checkpoint.known_part(load_dataset(cfg.data, cfg.model.task), state, cfg), cfg)
+    settle_history(cfg, dataset)
     say(report.describe_data(dataset))
     return dataset
 
@@ -230,7 +227,8 @@ def fit(run: Run) -> None:
     """Train and validate epoch by epoch, then report the test result. Raises UserError on a non-finite loss
     and SystemExit after a stop signal."""
     cfg = run.cfg.train
-    say(report.describe_model(run.model, len(run.batches), run.batches.num_targets))
+    cfg.warmup_steps, note = choose_warmup(cfg, cfg.num_epochs * len(run.batches))
+    say(report.describe_model(run.model, len(run.batches), run.batches.num_targets) + note)
     say(f"results go to {run.out_dir}")
     for epoch in range(run.progress.epoch, cfg.num_epochs):
         if cfg.patience and run.progress.bad_epochs >= cfg.patience:
@@ -364,8 +362,7 @@ def report_test(run: Run) -> None:
         "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
     }
     write_json(run.out_dir / "result.json", result)
-    title = f"TEST, best validation epoch {best}"
-    say(report.format_metrics(title, result["test"], run.cfg))
+    say(report.format_metrics(f"TEST, best validation epoch {best}", result["test"], run.cfg))
     say(report.describe_files(run.out_dir))
 
 

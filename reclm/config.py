@@ -130,12 +130,10 @@ class DataConfig:
     """Data"""
 
     dataset: str | None = setting(None, "data")
-    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or your own file, files
-    (data/*.csv) or folder: CSV, JSON lines or Parquet with the columns user, item and, if known, timestamp,
-    rating, label, context, split (docs/data.md) [default: ml-1m, or ml-100k if that cannot be downloaded]"""
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or your own files: CSV, JSON
+    lines, Parquet (docs/data.md) [default: ml-1m, or ml-100k if that cannot be downloaded]"""
     columns: str | None = setting(None, "free")
-    """own data: which column holds what, where the usual names do not tell, e.g. user=visitor,item=sku; for a
-    file without a header their numbers: user=1,item=3,timestamp=2"""
+    """own data: which column holds what, e.g. user=visitor,item=sku, or without a header user=1,item=3"""
     drop_bad_rows: bool = setting(False, "data")
     """own data: drop and count rows with a missing id, a malformed value or another number of fields; false =
     refuse the file, naming the first of them"""
@@ -145,9 +143,12 @@ class DataConfig:
     """folder to read data files from and to download them to [default: $RECLM_DATA, else data/]"""
     min_item_count: int = setting(1, "data leak", MATCHING)
     """drop items with fewer interactions; 1 = keep all (5 on ml-1m gives the sequences of ml-1m-sasrec)"""
+    repeats: Literal["keep", "first", "last"] | None = setting(None, "data leak")
+    """keep = keep all rows; first, last = keep a user's first or last action on each item (task=matching)
+    [default: drop rows of your own file that equal an earlier one in all columns, if one is the timestamp]"""
     shuffle_ties: int = setting(0, "data leak")
     """seed for a random order of a user's actions within the same second; 0 = keep the order of the file"""
-    cold_items: float = setting(0.0, "data leak", MATCHING, {"exclude_history": (True,)})
+    cold_items: float = setting(0.0, "data leak", MATCHING, {"exclude_history": (True, None)})
     """for a cold-start evaluation, hold this share of the items out of training and test on them; 0 = none"""
     ctr_split: Literal["time", "random", "own"] | None = setting(None, "data leak")
     """how impressions are split: time = by date, at 80 and 90 percent of the time span; random = 8:1:1; own =
@@ -193,9 +194,9 @@ class LossConfig:
     """N, negatives per target, drawn uniformly (loss=softmax compares with all items instead)"""
     share_negatives: bool = setting(True, "trajectory", MATCHING, {"loss": AnyBut(["softmax"])})
     """true = draw negatives once per batch, which is fast; false = once per position, as SASRec does"""
-    exclude_history: bool = setting(True, "trajectory", MATCHING)
-    """items of the user's training history are not used as negatives, since filter_seen keeps them out of
-    the ranking as well; false = only the target is not used"""
+    exclude_history: bool | None = setting(None, "trajectory", MATCHING)
+    """true = items of the user's training history are not used as negatives, since filter_seen keeps them out
+    of the ranking as well; false = only the target is not used [default: as for filter_seen]"""
     negative_below: float | None = setting(None, "trajectory", MATCHING)
     """treat lower ratings as negative feedback, which stays in the history but is never a target of the loss
     [default: every action is a target]"""
@@ -221,8 +222,9 @@ class TrainConfig:
     """weight decay of all matrices but embeddings; norm gains and biases have none"""
     embedding_decay: float = setting(0.0, "trajectory")
     """weight decay of the embeddings"""
-    warmup_steps: int = setting(100, "trajectory")
-    """optimizer steps over which the learning rate rises linearly"""
+    warmup_steps: int | None = setting(None, "trajectory")
+    """optimizer steps over which the learning rate rises linearly [default: 100, or a tenth of the run's
+    steps where that is fewer]"""
     lr_min: float = setting(0.1, "trajectory")
     """the learning rate falls along a cosine, over the whole run, to this fraction of lr; 1 = constant"""
     clip_norm: float = setting(1.0, "trajectory")
@@ -245,8 +247,10 @@ class TrainConfig:
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
-        not_negative(self, "weight_decay", "embedding_decay", "warmup_steps", "clip_norm")
+        not_negative(self, "weight_decay", "embedding_decay", "clip_norm")
         not_negative(self, "patience", "seed", "keep_last")
+        if self.warmup_steps is not None:
+            not_negative(self, "warmup_steps")
         probability(self, "lr_min", closed=True)
         probability(self, "ema")
         if self.seed >= 2**32:
@@ -257,9 +261,10 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation"""
 
-    filter_seen: bool = setting(True, "free", MATCHING)
-    """leave the items of the user's history out of the ranking; false = rank them too, which needs a model
-    trained with --exclude_history=false"""
+    filter_seen: bool | None = setting(None, "free", MATCHING)
+    """true = leave the items of the user's history out of the ranking; false = rank them too, which needs a
+    model trained with --exclude_history=false [default: true, unless 1 % of the validation or test items are
+    ones that the user has used before]"""
 
 
 @dataclass
@@ -328,6 +333,7 @@ def build_config(values: dict) -> Config:
         if isinstance(value, int) and value > 2**32:
             raise UserError(f"--{name}={value} is too large: it must be at most {2**32:,}")
         refuse_without_effect(name, flat)
+    settle_by_settings(cfg)
     if cfg.model.window >= cfg.model.max_len:
         raise UserError(
             f"--window={cfg.model.window} has no effect with --max_len={cfg.model.max_len}: leave it out"
@@ -336,6 +342,10 @@ def build_config(values: dict) -> Config:
         raise UserError("--init_from= names no checkpoint: leave it out")
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
+    if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
+        raise UserError(
+            f"--repeats={flat['repeats']} is for --task=matching without --ctr_split: leave it out"
+        )
     if cfg.loss.exclude_history and not cfg.eval.filter_seen:
         raise UserError(
             "--filter_seen=false ranks the items of the history, which are no negatives in training: "
@@ -344,10 +354,22 @@ def build_config(values: dict) -> Config:
     return cfg
 
 
+def settle_by_settings(cfg: Config) -> None:
+    """Decide on exclude_history and filter_seen where other settings leave no choice; for the rest, the data
+    decide (reclm/data/repeats.py)."""
+    if cfg.loss.exclude_history is None and (cfg.data.cold_items or cfg.eval.filter_seen is False):
+        cfg.loss.exclude_history = bool(cfg.data.cold_items)
+    if cfg.loss.exclude_history and cfg.eval.filter_seen is None:
+        cfg.eval.filter_seen = True
+
+
 def refuse_without_effect(name: str, flat: dict) -> None:
     """Raise UserError if the setting differs from its default where that changes nothing."""
-    if flat[name] == FIELDS[name].default:
+    default = FIELDS[name].default
+    if flat[name] == default:
         return
+    if default is None and flat[name] is True:
+        return  # as settle_history leaves it in checkpoints of --task=ctr
     for others in FIELDS[name].metadata["needs"]:
         if not any(flat[other] in useful for other, useful in others.items()):
             with_others = " ".join(f"--{other}={flat[other]}" for other in others)

@@ -41,13 +41,13 @@ def open_streams() -> None:
 def print_error(error: Exception) -> None:
     """ "error: ..." on the standard error. What waits for a standard output that cannot be written is
     dropped, or Python would try once more at its end."""
+    if isinstance(error, OSError) and error.filename is None:
+        error = f"cannot write ({error.strerror or error}): is the standard output closed, or the disk full?"
     try:
         sys.stdout.flush()
     except OSError:
         with suppress(OSError, ValueError):  # ValueError: it is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, UserError):
-            error = f"cannot write to the standard output ({error.strerror}): is it closed, or the disk full?"
     with suppress(OSError):
         print(printable(f"error: {error}"), file=sys.stderr, flush=True)
 

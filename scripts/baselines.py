@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import HELD_OUT, load_dataset
+from data import HELD_OUT
 from evaluate import evaluate
+from main import open_dataset
 from reclm.config import ModelConfig, build_config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError, run_script
@@ -112,8 +113,7 @@ def print_gap_tables(dataset: Dataset) -> None:
 
 def main() -> None:
     cfg = build_config(parse_args())
-    dataset = load_dataset(cfg.data)
-    print(report.describe_data(dataset))
+    dataset = open_dataset(cfg)
     for name, scores in (("popularity", popularity), ("Markov chain", markov_chain)):
         model = Baseline(scores(dataset), cfg.model)
         for split in ("valid", "test"):

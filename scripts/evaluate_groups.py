@@ -54,7 +54,7 @@ def main() -> None:
         raise UserError(f"{path} is of --task={cfg.model.task}: use one of --task=matching")
     chosen = torch.from_numpy(users_with(args.rows, dataset))
     for split in HELD_OUT:
-        users, ranks = rank_users(model, dataset, split, cfg.eval)
+        users, ranks, _ = rank_users(model, dataset, split, cfg.eval)
         for words, group in (("with such a row", chosen[users]), ("all others", ~chosen[users])):
             count = int(group.sum())
             sums = ranking_sums(ranks[group])

@@ -35,7 +35,16 @@ from reclm.errors import UserError, run_script
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "configs" / "records"
 METRICS = ("NDCG@10", "HR@10", "HR@1", "NDCG@20", "MRR", "AUC", "GAUC", "logloss", "NE")  # of either task
-SOME = ("liked/NDCG@10", "liked/HR@10", "cold/NDCG@10", "cold/HR@10", "time_NLL", "time_MAE")
+SOME = (
+    "new/NDCG@10",
+    "new/HR@10",
+    "liked/NDCG@10",
+    "liked/HR@10",
+    "cold/NDCG@10",
+    "cold/HR@10",
+    "time_NLL",
+    "time_MAE",
+)
 RESULT = {"protocol", "commit", "date", "seed", "machine", "seconds", "best_epoch", "valid", "test"}
 BLOCK = re.compile(r"^(# |<!-- )block: (\S+)( -->)?\n.*?^(# |<!-- )end( -->)?$", re.DOTALL | re.MULTILINE)
 PLACEHOLDER = re.compile(r"\{(\S+) ([^{}:]+)(?::([^{}]+))?\}")
@@ -189,7 +198,7 @@ def show(results: list[dict]) -> None:
     names = [name for name in (*METRICS, *SOME) if name in first["test"]]  # by the first an epoch is chosen
     seen = ""
     if "HR@10" in names:
-        seen = f"; seen items {'left out' if first['filter_seen'] else 'kept in'}"
+        seen = f"; history {'left out' if first['filter_seen'] else 'kept in'}"
     print(f"protocol  {first['protocol']}{seen}")
     print(f"commit    {', '.join(sorted({result['commit'] for result in results}))}")
     print(f"date      {first['date'][:10]}, {processes} process(es), {first['machine']}")

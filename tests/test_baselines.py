@@ -10,6 +10,8 @@ from launch import MAIN, environment, here, write_csv
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import baselines
 
+from reclm.errors import run_script
+
 SCRIPT = MAIN.parent / "scripts" / "baselines.py"
 HISTORIES = [[1, 2, 3, 1, 4], [1, 2, 1, 2, 4, 3], [2, 3]]  # the last two of the first two are held out
 

@@ -19,7 +19,7 @@ import run_ours
 
 from data import load_dataset
 from reclm.config import DataConfig, build_config
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 from reclm.nn.losses import softmax
 
 ROW = {
@@ -183,8 +183,8 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
 def test_bad_input_is_one_line(tmp_path, program, flags, words):
     for name in ("held.json", "costs.json"):
         (tmp_path / name).write_text("{}")
-    stopped = here(*flags, cwd=tmp_path, program=lambda: measure.run(program.main)).code
-    assert stopped.startswith("error: ") and words in stopped and "\n" not in stopped
+    stopped = here(*flags, cwd=tmp_path, program=lambda: run_script(program.main))
+    assert stopped.code == 2 and len(stopped.errors) == 1 and words in stopped.errors[0]
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert files == {"held.json": "{}", "costs.json": "{}"}
 

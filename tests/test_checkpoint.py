@@ -78,7 +78,8 @@ def test_the_rate_of_version_4_decides_whether_a_run_may_go_on_longer(work):
 def test_ctr_starts_from_a_file_of_version_4(work):
     flags = [*MODEL, "--dataset=tiny.csv", "--model_name=hstu", "--task=ctr", "--ctr_split=random"]
     start = ["--positive_from=3", f"--init_from={FOLDER}/hstu.pth", "--num_epochs=1", "--lr=1e-30"]
-    shown = here(*flags, *start, "--out_dir=run", cwd=work).ok().stdout
+    assert "trained with repeats=keep" in here(*flags, *start, "--out_dir=run", cwd=work).errors[0]
+    shown = here(*flags, *start, "--repeats=keep", "--out_dir=run", cwd=work).ok().stdout
     assert f"started from {FOLDER}/hstu.pth: 14 of 18 tensors; new: head" in shown
     ours, theirs = read_state(work / "run" / "best.pth")["model"], read_state(FOLDER / "hstu.pth")["model"]
     feedback = theirs.pop("inputs.action_embedding.weight")

@@ -153,10 +153,46 @@ def test_rules_of_impressions_count_for_both_tasks(useful):
 
 
 def test_items_left_out_of_the_loss_cannot_be_ranked():
-    message = refused({"filter_seen": False})
+    message = refused({"filter_seen": False, "exclude_history": True})
     assert message.startswith("--filter_seen=false ") and "train with --exclude_history=false" in message
     cfg = build_config({"filter_seen": False, "exclude_history": False})
     assert not cfg.eval.filter_seen and not cfg.loss.exclude_history
+
+
+HISTORY = [  # what is given -> exclude_history and filter_seen; None is for the data to decide
+    ({}, None, None),
+    ({"filter_seen": False}, False, False),
+    ({"filter_seen": True}, None, True),
+    ({"exclude_history": True}, True, True),
+    ({"exclude_history": False}, False, None),
+    ({"exclude_history": False, "filter_seen": True}, False, True),
+    ({"cold_items": 0.1}, True, True),
+]
+
+
+@pytest.mark.parametrize(("given", "excluded", "filtered"), HISTORY)
+def test_a_history_left_out_of_the_loss_is_left_out_of_the_ranking(given, excluded, filtered):
+    cfg = build_config(given)
+    assert (cfg.loss.exclude_history, cfg.eval.filter_seen) == (excluded, filtered)
+
+
+def test_cold_items_leave_the_history_out():
+    assert "--exclude_history=false" in refused({"cold_items": 0.1, "filter_seen": False})
+
+
+def test_a_file_of_ctr_that_says_true_is_read():
+    """As the data decide where nothing repeats, and as all files of earlier versions have it."""
+    cfg = build_config({"task": "ctr", "exclude_history": True, "filter_seen": True})
+    assert cfg.loss.exclude_history and cfg.eval.filter_seen
+    assert "--drop_rating=1.0" in refused({"drop_rating": 1.0})  # 1 is not true
+
+
+@pytest.mark.parametrize("impressions", [{"task": "ctr"}, {"ctr_split": "random"}])
+@pytest.mark.parametrize("repeats", ["first", "last"])
+def test_one_action_per_item_is_for_matching(impressions, repeats):
+    assert refused({"repeats": repeats, **impressions}).startswith(f"--repeats={repeats} is for --task=match")
+    assert build_config({"repeats": repeats}).data.repeats == repeats
+    assert build_config({"repeats": "keep", **impressions}).data.repeats == "keep"
 
 
 # ---------------------------------------------------------------- what fixes a setting
@@ -179,8 +215,8 @@ def test_a_need_names_settings_and_values_that_exist(name):
             for value in list(useful):
                 if other in KNOWN:
                     assert value in KNOWN[other]
-                elif types[other] is bool:
-                    assert value in (True, False)
+                elif types[other] in (bool, bool | None):
+                    assert value in ((True, False) if types[other] is bool else (True, False, None))
                 else:
                     choices = [
                         choice
@@ -236,8 +272,8 @@ def test_the_end_of_a_cosine_is_fixed_and_that_of_a_constant_rate_is_not():
 
 def test_a_start_from_other_weights_has_the_same_data_to_be_tested_with():
     assert set(fixed_names(build_config({}).flat(), *START)) == {
-        "min_item_count", "shuffle_ties", "cold_items", "ctr_split", "positive_from", "drop_rating",
-        "min_positives", "utc_offset", "positive_label",
+        "min_item_count", "repeats", "shuffle_ties", "cold_items", "ctr_split", "positive_from",
+        "drop_rating", "min_positives", "utc_offset", "positive_label",
     }  # fmt: skip
 
 

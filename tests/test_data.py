@@ -182,7 +182,7 @@ def test_min_item_count():
     dataset = make_dataset(histories, min_item_count=3)
     assert dataset.items.tolist() == [1, 2, 3] and dataset.lengths.tolist() == [3, 3, 3]
     assert any("3 items with fewer than 3" in note for note in dataset.notes)
-    assert make_dataset(histories).notes == []
+    assert make_dataset([[1, 2, 3, 4], [4, 3, 2, 1]]).notes == []
     with pytest.raises(UserError, match="min_item_count"):
         make_dataset(histories, min_item_count=4)
 

@@ -40,7 +40,7 @@ def test_ranks_by_brute_force(tiny_dataset, split, filter_seen, user_embedding, 
     monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
     model = build(tiny_dataset, user_embedding=user_embedding)
     cfg = EvalConfig(filter_seen=filter_seen)
-    users, ranks = rank_users(model, tiny_dataset, split, cfg)
+    users, ranks, _ = rank_users(model, tiny_dataset, split, cfg)
     expected = {}
     for user, history, target in histories(tiny_dataset, split):
         recent = history[-10:]
@@ -59,18 +59,103 @@ def test_ranks_by_brute_force(tiny_dataset, split, filter_seen, user_embedding, 
     assert metrics["MRR"] == pytest.approx((1 / values).mean())
 
 
-def test_seen_filter_matters_and_a_repeated_target_stays_a_candidate():
-    dataset = make_dataset([[1, 2, 3, 2], [3, 1, 2, 1], [4, 4, 4, 4]])
-    model = build(dataset)
-    with torch.no_grad():  # constant scores: rank = middle of the candidates
-        for weight in model.parameters():
-            weight.zero_()
-    users, ranks = rank_users(model, dataset, "test", EvalConfig(filter_seen=True))
-    # Users 0 and 1 have seen 1, 2, 3 and are asked for one of them: it and item 4 are left. User 2
-    # has seen 4 and is asked for 4: it and 1, 2, 3 are left.
-    assert dict(zip(users.tolist(), ranks.tolist(), strict=True)) == {0: 1.5, 1: 1.5, 2: 2.5}
-    _, ranks = rank_users(model, dataset, "test", EvalConfig(filter_seen=False))
-    assert ranks.tolist() == [2.5] * 3
+@pytest.fixture(scope="module")
+def plays():
+    """60 users play 12 of 30 items again and again; about half of the targets repeat."""
+    rng = np.random.default_rng(3)
+    favourites = [rng.choice(NUM_ITEMS, 12, replace=False) + 1 for _ in range(60)]
+    return make_dataset([rng.choice(own, rng.integers(3, 16)) for own in favourites], num_items=NUM_ITEMS)
+
+
+def rank_among(scores, target, items):
+    """1 + better + equal / 2 of the target among the other `items`, by brute force."""
+    others = set(items) - {target}
+    better = sum(scores[item] > scores[target] for item in others)
+    return 1 + better + sum(scores[item] == scores[target] for item in others) / 2
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_repeated_targets_by_brute_force(plays, split, filter_seen, monkeypatch):
+    """With the history left out, a target in it is not given away: it stays out with the rest of it."""
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
+    model, cfg = build(plays).eval(), EvalConfig(filter_seen=filter_seen)
+    everything = range(1, NUM_ITEMS + 1)
+    expected, new = {}, {}
+    for user, history, target in histories(plays, split):
+        recent = history[-10:]
+        batch = {"item_ids": [recent], "lengths": [len(recent)], "user_ids": [user]}
+        scores = model({name: torch.tensor(value) for name, value in batch.items()})[0].tolist()
+        unseen = set(everything) - set(history)
+        if target not in history:
+            new[user] = rank_among(scores, target, unseen)
+        left_out = [-np.inf if item in history else score for item, score in enumerate(scores)]
+        expected[user] = rank_among(left_out if filter_seen else scores, target, everything)
+        if filter_seen and target in history:  # behind all that can be recommended
+            assert expected[user] == 1 + len(unseen) + (len(set(history)) - 1) / 2
+    found = {}
+    for count in (1, 2, 3):  # processes
+        parts = []
+        for index in range(count):
+            as_process(monkeypatch, index, count)
+            parts.append(rank_users(model, plays, split, cfg))
+        users, ranks, new_ranks = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+        assert sorted(users) == sorted(expected)
+        assert dict(zip(users, ranks, strict=True)) == expected
+        assert dict(zip(users, new_ranks, strict=True)) == dict.fromkeys(expected, 0) | new
+        found[count] = sorted(zip(users, ranks, new_ranks, strict=True))
+    assert found[1] == found[2] == found[3]
+
+    as_process(monkeypatch, 0, 1)
+    metrics = evaluate(model, plays, split, cfg)
+    assert 10 < metrics["new/users"] == len(new) < 50
+    for prefix, ranks in (("", expected), ("new/", new)):
+        values = np.array(list(ranks.values()))
+        assert metrics[f"{prefix}HR@10"] == pytest.approx((values <= 10).mean())
+        assert metrics[f"{prefix}NDCG@10"] == pytest.approx(((values <= 10) / np.log2(values + 1)).mean())
+        assert metrics[f"{prefix}MRR"] == pytest.approx((1 / values).mean())
+
+
+def test_one_pass_over_the_scores_gives_both_results(plays):
+    model = build(plays)
+    calls = []
+    model.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    metrics = evaluate(model, plays, "test", EvalConfig(filter_seen=False))
+    assert metrics.keys() >= {"HR@10", "new/HR@10", "new/NDCG@10", "new/users"}
+    assert sum(calls) == len(plays.ranked_users)
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_without_repeats_there_is_one_result(filter_seen):
+    dataset = make_dataset([[1, 2, 3, 4], [3, 1, 2], [5, 4, 3, 2, 1]])
+    metrics = evaluate(build(dataset), dataset, "test", EvalConfig(filter_seen=filter_seen))
+    assert not [name for name in metrics if name.startswith("new/")]
+
+
+class Favourites(torch.nn.Module):
+    """Scores an item by how often the user has used it."""
+
+    def __init__(self, num_items):
+        super().__init__()
+        self.cfg, self.nothing = ModelConfig(max_len=30), torch.nn.Parameter(torch.zeros(1, num_items + 1))
+
+    def forward(self, batch):
+        counts = self.nothing.repeat(len(batch["item_ids"]), 1)
+        return counts.scatter_add_(1, batch["item_ids"], torch.ones_like(batch["item_ids"]).float())
+
+
+def test_one_of_eight_favourites_cannot_be_known():
+    """Each user plays 8 of 300 items at random, so the next one is known with a probability of 1/8. Ranking
+    the target among the items that the user has not played would find it always."""
+    rng = np.random.default_rng(0)
+    favourites = [rng.choice(300, 8, replace=False) + 1 for _ in range(1000)]
+    dataset = make_dataset([rng.choice(own, 40) for own in favourites], num_items=300)
+    model = Favourites(300)
+    kept_in = evaluate(model, dataset, "test", EvalConfig(filter_seen=False))
+    assert 0.04 < kept_in["HR@1"] < 1 / 8 + 0.03 and kept_in["HR@10"] > 0.97
+    left_out = evaluate(model, dataset, "test", EvalConfig(filter_seen=True))
+    assert left_out["HR@1"] == left_out["HR@50"] == 0 < left_out["MRR"]
+    assert kept_in["new/users"] == left_out["new/users"] < 20
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
@@ -90,8 +175,8 @@ def test_ranks_are_bit_equal_on_any_number_of_processes(tiny_dataset, monkeypatc
         found = {}
         for index in range(count):
             as_process(monkeypatch, index, count)
-            seen["scores"] = [torch.zeros(0, NUM_ITEMS + 1)]
-            users, ranks = rank_users(model, tiny_dataset, "valid", EvalConfig())
+            seen["scores"] = [torch.zeros(0, NUM_ITEMS)]
+            users, ranks, _ = rank_users(model, tiny_dataset, "valid", EvalConfig())
             scores = torch.cat(seen["scores"])
             for user, value, row in zip(users.tolist(), ranks.tolist(), scores.tolist(), strict=True):
                 assert user not in found

@@ -150,10 +150,10 @@ def test_runs_name_what_they_knew_of_time(tmp_path):
     flags = [f"--dataset={data}", "--model_name=hstu", "--dim=8", "--num_epochs=1", "--device=cpu"]
     shown = here(*flags, "--request_time=true", "--out_dir=a", cwd=tmp_path).ok().stdout
     assert "NOTE: the model knows the time of the item to predict" in shown
-    assert "seen items left out, request time known" in shown
+    assert "history left out, request time known" in shown
     assert read_json(tmp_path / "a" / "result.json")["request_time"] is True
     shown = here(*flags, "--out_dir=b", cwd=tmp_path).ok().stdout
-    assert "request time" not in shown and "NOTE" not in shown
+    assert "request time" not in shown and "the model knows" not in shown
 
 
 def test_last_query_alone_sees_all_of_a_long_history():

@@ -280,7 +280,7 @@ def test_metrics_of_those_whose_item_was_liked(rated):
     cfg = build_config({"dim": 16})
     model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
     metrics = evaluate(model, dataset, "test", cfg.eval)
-    users, ranks = rank_users(model, dataset, "test", cfg.eval)
+    users, ranks, _ = rank_users(model, dataset, "test", cfg.eval)
     liked = [
         1 / rank
         for user, rank in zip(users.tolist(), ranks.tolist(), strict=True)

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from launch import TINY, here, read_state, write_csv
 from torch import nn
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig, TrainConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
-from reclm.run.optim import build_optimizer, learning_rate, update_average
+from reclm.run.optim import build_optimizer, choose_warmup, learning_rate, update_average
 
 
 @pytest.fixture
@@ -77,6 +78,42 @@ def test_a_constant_rate_warms_up_then_stays():
     cfg = TrainConfig(lr=0.2, lr_min=1.0, warmup_steps=4)
     rates = [learning_rate(step, 10, cfg) for step in range(10)]
     assert rates == pytest.approx([0.05, 0.1, 0.15] + [0.2] * 7)
+
+
+WARMUPS = [(6, 0), (9, 0), (80, 8), (999, 99), (1000, 100), (10**6, 100)]
+
+
+@pytest.mark.parametrize(("total", "expected"), WARMUPS)
+def test_a_short_run_warms_up_for_a_tenth_of_it(total, expected):
+    steps, note = choose_warmup(TrainConfig(), total)
+    assert steps == expected
+    sentence = f"over {expected} of this run's {total} steps, not over 100 (--warmup_steps)"
+    assert (sentence in note) == (total < 1000)
+    assert choose_warmup(TrainConfig(warmup_steps=100), total) == (100, "")  # as it is
+
+
+@pytest.mark.parametrize("total", [6, 80, 1000, 3000])
+def test_the_rate_is_reached_and_long_runs_are_as_before(total):
+    rates, before = (
+        [learning_rate(step, total, cfg) for step in range(total)]
+        for cfg in (TrainConfig(lr=0.2), TrainConfig(lr=0.2, warmup_steps=100))
+    )
+    assert max(rates) > 0.19 and rates.index(max(rates)) <= total // 10
+    assert (rates == before) == (total >= 1000)
+
+
+def test_the_warm_up_of_a_run_is_said_and_stored(tmp_path):
+    """Also with a constant rate, where a longer run can be resumed: its first steps had this warm-up."""
+    write_csv(tmp_path / "tiny.csv")
+    flags = [flag for flag in TINY if "warmup" not in flag]
+    flags += ["--dataset=tiny.csv", "--lr_min=1", "--batch_size=4", "--out_dir=run"]
+    shown = here(*flags, "--num_epochs=3", cwd=tmp_path).ok().stdout
+    assert "NOTE: the learning rate warms up over 3 of this run's 30 steps" in shown
+    state = read_state(tmp_path / "run" / "last.pth")
+    assert state["config"]["warmup_steps"] == 3
+    shown = here(*flags, "--num_epochs=10", "--resume=auto", cwd=tmp_path).ok().stdout
+    assert "warms up" not in shown
+    assert read_state(tmp_path / "run" / "last.pth")["config"]["warmup_steps"] == 3
 
 
 def test_cosine_schedule():

@@ -147,7 +147,7 @@ def test_what_was_taken_as_what_is_said(tmp_path):
         "events.csv is read as: user is visitorid, item is itemid; not read: event, transactionid; "
         "timestamps are milliseconds"
     )
-    assert "separator ;" in said["Book-Crossing"] and "latin-1" in said["Book-Crossing"]
+    assert "separator ';'" in said["Book-Crossing"] and "latin-1" in said["Book-Crossing"]
     assert "timestamp is time_ms" in said["KuaiRand"] and "milliseconds" in said["KuaiRand"]
     assert "ISO dates" in said["H&M"] and "timestamp is t_dat" in said["H&M"]
     assert "no header" in said["Yoochoose"] and "rows of" in said["S3-Rec"]
@@ -283,7 +283,10 @@ def test_bad_rows_are_dropped_on_request(tmp_path):
 
 def test_labels_in_words(tmp_path):
     file = write(tmp_path / "a.csv", "user,item,label\n1,1,good\n1,2,bad\n1,3,good\n")
-    with pytest.raises(UserError, match="line 2: label is 'good', expected 0 or 1, or --positive_label=good"):
+    with pytest.raises(
+        UserError,
+        match="line 2: label is 'good', expected 0 or 1, or name the positive one with --positive_label",
+    ):
         read(file)
     assert read(file, positive_label="good").interactions.label.tolist() == [1, 0, 1]
     with pytest.raises(UserError, match="--positive_label=fine: the column label has only bad, good"):

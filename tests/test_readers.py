@@ -123,7 +123,9 @@ def test_refused_files(tmp_path):
         "line 3: timestamp is '2020",
     )
     mixed = "".join(f"1,{i},{t}\n" for i, t in enumerate([1600000000000, 1600000000001, 1600000000]))
-    refused("l.csv", "user,item,timestamp\n" + mixed, "line 4: timestamp is '1600000000.0', .*other rows")
+    refused(
+        "l.csv", "user,item,timestamp\n" + mixed, "line 4: timestamp is '1600000000.0', .*as in other rows"
+    )
     refused("m.json", "{'user': 1, 'item': 2}\n", "Python dict, not JSON .single quotes.*ast.literal_eval")
     refused("o.jsonl", '{"user": 1, "item": 2}\n{"user": 1\n', "line 2 is not JSON")
     refused("p.jsonl", "[1, 2]\n", "line 1 is not a JSON object")

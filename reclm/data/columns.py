@@ -150,8 +150,7 @@ def texts_of_ids(values: pa.Array) -> list[str | None]:
     if pa.types.is_integer(kind):
         return values.cast(pa.string()).to_pylist()
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        whole = [x for x in values.to_pylist()]
-        return [str(int(x)) if x is not None and x == x // 1 else None for x in whole]
+        return [str(int(x)) if x is not None and x == x // 1 else None for x in values.to_pylist()]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         kind, values = pa.string(), values.cast(pa.string())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -270,7 +269,7 @@ def convert(
             raise UserError(f"{place(0)}: {name} is a list or an object, expected one value per row")
         columns[name], bad, words = convert_column(name, values, wishes)
         if bad.any() and not wishes.drop_bad_rows:
-            refuse(name, values, int(bad.argmax()), place)
+            refuse(name, values, int(bad.argmax()), place, "" if bad.all() else ", as in other rows")
         said += words
         bad_rows |= bad
     frame = pd.DataFrame(columns)
@@ -314,16 +313,17 @@ def has_spaces(values: pa.ChunkedArray) -> bool:
     return any(isinstance(text, str) and text != text.strip() for part in parts for text in part)
 
 
-def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], str]) -> None:
+def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], str], like: str = "") -> None:
+    """Raises UserError for the value in a row; `like` adds to what times are expected to be."""
     value = values[row].as_py()
-    found = "is missing" if value is None else f"is '{value}'"
+    found = "is missing" if value is None else f"is '{str(value)[:60]}'"
     more = ""
     if name == "label" and isinstance(value, str):
-        more = f", or --positive_label={value}"
+        more = ", or name the positive one with --positive_label"
     elif name in IDS:
         more = ", or --drop_bad_rows=true"
     elif name == "timestamp":
-        more = ", as in the other rows"
+        more = like
     raise UserError(f"{place(row)}: {name} {found}, expected {EXPECTED.get(name, 'a number')}{more}")
 
 

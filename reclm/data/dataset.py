@@ -41,6 +41,7 @@ class Dataset:
     items: np.ndarray  # (V - 1,) original ids; items[i - 1] is item i
     task: str = "matching"
     grown: bool = False  # since the model at hand was trained; see grown.py
+    repeats: float = 0.0  # share of targets on items that the user has used before (repeats.describe_targets)
     titles: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,), or empty
     genre_names: np.ndarray = field(default_factory=lambda: np.zeros(0, str))  # (V - 1,), or empty
     cold_items: np.ndarray = field(default_factory=no_numbers)  # sorted; held out of training

@@ -183,7 +183,7 @@ def open_text(file: Path) -> Opened:
     quoted, said = has_quotes(lines, sep), []
     rows = [[field.strip() for field in split_line(line, sep, quoted)] for line in lines[:2]]
     if sep != ("\t" if bare_name(file).endswith(TAB_SEPARATED) else ","):
-        said.append(f"separator {SHOWN.get(sep, sep)}")
+        said.append(f"separator {SHOWN.get(sep, repr(sep))}")
     if encoding != "utf-8-sig":
         said.append(f"encoding {encoding}, as it is not UTF-8")
     has_header = looks_like_header(rows)

@@ -16,11 +16,12 @@ def find_ids(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return pd.Index(np.asarray(known).astype(str)).get_indexer(np.asarray(ids).astype(str))
 
 
-def align(dataset: Dataset, items: np.ndarray, known: Vocabulary, num_rows: int | None) -> Dataset:
-    """The part of `dataset` on the original ids `items` that a model was built for, numbered as in the model.
-    `known` is its vocabulary, `num_rows` the number of rows it was trained with (None = unknown). Raises
-    UserError where the data cannot have grown from those of the model, or other test rows would be used."""
-    check_grown(dataset, items, known, num_rows)
+def align(dataset: Dataset, items: np.ndarray, known: Vocabulary) -> Dataset:
+    """The part of `dataset` on the original ids `items` that a model was built for, numbered as in the model,
+    whose vocabulary is `known`. Raises UserError where test rows may have been training rows."""
+    if len(known.cold_items) or "random" in dataset.protocol:
+        what = "--cold_items" if len(known.cold_items) else "a random split"
+        raise UserError(f"{dataset.name} has grown since training, and {what} is drawn anew: train again")
     place = find_ids(items, dataset.items)
     numbers = np.concatenate([[0], place + 1])[dataset.item_ids]
     kept = numbers > 0
@@ -53,22 +54,10 @@ def align(dataset: Dataset, items: np.ndarray, known: Vocabulary, num_rows: int 
     )
 
 
-def check_grown(dataset: Dataset, items: np.ndarray, known: Vocabulary, num_rows: int | None) -> None:
-    gone = int((find_ids(dataset.items, items) < 0).sum())
-    if gone:
-        raise UserError(
-            f"{gone:,} of the {len(items):,} items of the checkpoint are not in {dataset.name}: use the data "
-            "it was trained on"
-        )
-    if num_rows and len(dataset.item_ids) < num_rows:
-        raise UserError(
-            f"{dataset.name} has {len(dataset.item_ids):,} rows, the checkpoint was trained with "
-            f"{num_rows:,}: where rows are gone, training rows may have become test rows"
-        )
-    if len(known.cold_items):
-        raise UserError("a checkpoint with --cold_items cannot be evaluated on data that have grown")
-    if "random" in dataset.protocol:
-        raise UserError("a random split of data that have grown mixes training and test rows: train again")
+def has_grown(dataset: Dataset, items: np.ndarray, num_rows: int | None) -> bool:
+    """Does the dataset have all `items` of a model, and more rows than the `num_rows` it was trained with?
+    With fewer rows, training rows may have become test rows."""
+    return len(dataset.item_ids) > (num_rows or 0) and (find_ids(dataset.items, items) >= 0).all()
 
 
 def check_same_codes(dataset: Dataset, known: Vocabulary, explicit_users: bool) -> None:

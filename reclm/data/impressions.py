@@ -27,16 +27,18 @@ def label_impressions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFram
     train = table["split"] == SPLITS["train"]
     if how == "time":
         known = table["user"].isin(table["user"][train]) & table["item"].isin(table["item"][train])
-        note = f"{(~known).sum():,} held-out impressions of users or items without training rows are dropped"
+        left = int((~known).sum())
+        note = f"{left:,} held-out impressions of users or items without training rows are dropped"
+        notes = [note] * bool(left)
         table, train = table[known], train[known]
     else:
-        note = f"--ctr_split={how}: training rows may be later than test rows, so the future leaks"
+        notes = [f"--ctr_split={how}: training rows may be later than test rows, so the future leaks"]
     check_splits(table, how)
     past = (cfg.ctr_history or ("past" if how == "time" else "train")) == "past"
     actions = "actions" if past else "training actions"
     delay = describe_delay(history_delay(table, cfg))
     rules += [words.format(cfg.utc_offset), f"history: the user's {actions} {delay}"]
-    return table.assign(in_history=past | train), "; ".join(["CTR", *rules]), [note]
+    return table.assign(in_history=past | train), "; ".join(["CTR", *rules]), notes
 
 
 def history_delay(table: pd.DataFrame, cfg: DataConfig) -> float:

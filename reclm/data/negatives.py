@@ -15,7 +15,7 @@ class NegativeSampler:
         self.cfg, self.num_items = loss, dataset.num_items
         if dataset.num_items < 2:
             raise UserError("only 1 item in the data, nothing to rank: use data with at least 2")
-        if loss.exclude_history and not loss.share_negatives:
+        if loss.exclude_history is not False and not loss.share_negatives:
             self.index_histories(dataset)
 
     def index_histories(self, dataset: Dataset) -> None:
@@ -43,7 +43,7 @@ class NegativeSampler:
             return rng.choice(self.num_items, count, replace=False) + 1  # (N,)
         real = targets > 0  # (B, T); drawn for these M only, so padding does not affect the draws
         negatives = np.zeros((*targets.shape, count), dtype=np.int64)  # (B, T, N)
-        if self.cfg.exclude_history:
+        if self.cfg.exclude_history is not False:
             owners = np.broadcast_to(users[:, None], targets.shape)[real]  # (M,)
             negatives[real] = self.free_items(rng, owners, count)
         else:  # uniform over all items except the target: draw from one fewer and skip it

@@ -43,7 +43,9 @@ def find_files(spec: str) -> tuple[Path, ...]:
     for part in [spec] if Path(spec).exists() else map(str.strip, spec.split(",")):
         path = Path(part)
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in PARQUET)
+            found += sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in PARQUET and file.is_file()
+            )
         else:
             matches = [path] if path.exists() else map(Path, sorted(glob(part)))
             found += [match for match in matches if match.is_file()]

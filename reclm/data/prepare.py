@@ -13,6 +13,7 @@ from reclm.data.cache import cache_root, read_cache, write_cache
 from reclm.data.columns import IDS, Wishes, doubts
 from reclm.data.features import item_texts, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
+from reclm.data.repeats import describe_targets, drop_equal_rows, one_per_item
 from reclm.data.sources import Source, check_size, read_dataset
 from reclm.errors import UserError, choose
 
@@ -45,9 +46,10 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     raw = read_dataset(source, Wishes(cfg.columns, cfg.positive_label, cfg.drop_bad_rows))
     of_source, of_size = check_size(source, raw)
     numbered, names = number_ids(raw.interactions)
-    table, protocol, of_table = select(numbered, cfg)
+    table, of_rows = drop_equal_rows(numbered, cfg, source.is_own)
+    table, protocol, of_table = select(table, cfg)
     meta, arrays = build_sequences(table, cfg, task, names)
-    notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_table + meta["notes"]
+    notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_rows + of_table + meta["notes"]
     meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "task": task}
     arrays["profiles"] = profile_codes(raw.users, arrays["users"])
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
@@ -76,7 +78,7 @@ def build_sequences(
     names: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict]:
     """Interactions (user, item[, rating][, timestamp]) in file order, or the table of `label_impressions`
-    -> ({"notes", "fingerprint"}, {name: array of Dataset}). `names` are those of `number_ids`.
+    -> ({"notes", "fingerprint", "repeats"}, {name: array of Dataset}). `names` are those of `number_ids`.
 
     Rows are sorted by (user, time), impressions as `order_impressions` describes. The sort is STABLE: ties
     keep file order, or with --shuffle_ties the random order of that seed. Raises UserError if a
@@ -115,18 +117,26 @@ def build_sequences(
         "cold_items": np.zeros(0, np.int64),
     }
     arrays |= of_task
+    repeats, of_targets = 0.0, []
     if cfg.cold_items:
         arrays, note = hold_out(arrays, cfg.cold_items)
-        more = [*more, note]
+        of_targets = [note]
+    elif "splits" not in arrays:  # impressions have a split instead of targets
+        repeats, of_targets = describe_targets(arrays["offsets"], arrays["item_ids"])
     fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
     for name in ("offsets", "item_ids", "labels", "splits"):
         fingerprint.update(arrays.get(name, np.zeros(0)).tobytes())
-    return {"notes": notes + more, "fingerprint": fingerprint.hexdigest()[:16]}, arrays
+    meta = {"notes": notes + more + of_targets, "repeats": repeats}
+    return meta | {"fingerprint": fingerprint.hexdigest()[:16]}, arrays
 
 
 def select_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
-    """(interactions, "", []), or with --ctr_split `label_impressions`, whose splits `which_actions` needs."""
-    return label_impressions(table, cfg) if cfg.ctr_split else (table, "", [])
+    """(interactions that --repeats keeps, "", notes), or with --ctr_split `label_impressions`, whose splits
+    `which_actions` needs."""
+    if cfg.ctr_split:
+        return label_impressions(table, cfg)
+    used, notes = one_per_item(table, which_actions(table, cfg)[0], cfg)
+    return (table if used.all() else table[used]), "", notes
 
 
 def order_actions(
@@ -160,7 +170,7 @@ def note_short_users(lengths: np.ndarray) -> list[str]:
     if short == len(lengths):
         raise UserError(
             "no user has 3 or more interactions (one each to train, validate and test): "
-            "use more data or a lower --min_item_count"
+            "use more data, a lower --min_item_count or --repeats=keep"
         )
     if short:
         return [f"{short:,} users with fewer than 3 interactions train but are not evaluated"]

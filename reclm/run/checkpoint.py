@@ -22,7 +22,7 @@ import torch
 
 from reclm.config import FIELDS, Config, fixed_names
 from reclm.data.dataset import Dataset, Vocabulary
-from reclm.data.grown import align, check_same_codes, find_ids
+from reclm.data.grown import align, check_same_codes, find_ids, has_grown
 from reclm.data.sources import FINDERS
 from reclm.errors import UserError, first_line
 from reclm.run import dist
@@ -152,6 +152,8 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} was written by another version of this program: use that version or train again"
         )
     check_state(state, path)
+    if state["config"].get("dataset") not in FINDERS:
+        state["config"].setdefault("repeats", "keep")  # earlier versions dropped no rows
     return state
 
 
@@ -215,12 +217,15 @@ def may_have_moved(name: str, ours: str | None, theirs: str | None) -> bool:
 
 def known_part(dataset: Dataset, state: dict | None, cfg: Config) -> Dataset:
     """The dataset, or where a file of the user has grown since training, what the model of a checkpoint knows
-    of it (reclm/data/grown.py). Raises UserError where it cannot have grown from that of the checkpoint."""
+    of it. Raises UserError where that cannot be told (reclm/data/grown.py)."""
     if state is None or cfg.data.dataset in FINDERS or not {"items", "vocabulary"} <= state.keys():
         return dataset
     if dataset.fingerprint == state["fingerprint"].partition("-")[0]:
         return dataset
-    return align(dataset, np.asarray(state["items"]), read_vocabulary(state), state.get("num_rows"))
+    items = np.asarray(state["items"])
+    if not has_grown(dataset, items, state.get("num_rows")):
+        return dataset
+    return align(dataset, items, read_vocabulary(state))
 
 
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
@@ -253,14 +258,14 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
         if theirs != ours[name]:
             raise UserError(
                 f"--init_from={path} was trained with {name}={theirs}, this run has "
-                f"{name}={ours[name]}: it may have seen this run's test data; train it with the same data "
-                "settings"
+                f"{name}={ours[name]}: it may have seen this run's test data; use the same data settings "
+                "for both"
             )
     weights, saved, said = model.state_dict(), dict(state["model"]), ""
     if saved["item_embedding.weight"].shape[1:] != weights["item_embedding.weight"].shape[1:]:
         raise UserError(f"--init_from={path} was trained with another --dim than {ours['dim']}: use the same")
     if state.get("ids") != dataset.ids:
-        if cfg.data.dataset in FINDERS or "items" not in state:
+        if cfg.data.dataset in FINDERS or "items" not in state or cfg.data.ctr_split == "random":
             raise UserError(
                 f"--init_from={path} was trained on other users or items: train it on the same data"
             )

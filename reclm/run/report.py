@@ -70,6 +70,7 @@ def ranking_settings(cfg: Config, dataset: Dataset) -> dict:
     return {
         "num_users": len(dataset.ranked_users),
         "filter_seen": cfg.eval.filter_seen,
+        "exclude_history": cfg.loss.exclude_history,
         "request_time": cfg.model.request_time,
         "loss": cfg.loss.loss,
     }
@@ -116,13 +117,18 @@ def format_metrics(title: str, metrics: dict[str, float], cfg: Config) -> str:
 
 def format_ranking(title: str, metrics: dict[str, float], cfg: Config) -> str:
     """HR@K and NDCG@K with one column per cut-off K, MRR, and the optional metrics."""
-    seen = "seen items left out" if cfg.eval.filter_seen else "seen items kept in"
+    seen = "history kept in" if cfg.eval.filter_seen is False else "history left out"
     request = ", request time known" if cfg.model.request_time else ""
     rows = [f"\n{title} (all users x all items, {seen}{request})"]
     rows.append("K".rjust(8) + "".join(f"{k:>9}" for k in CUTOFFS))
     for name in ("HR", "NDCG"):
         rows.append(f"{name}@K".rjust(8) + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in CUTOFFS))
     rows.append("MRR".rjust(8) + f"{metrics['MRR']:9.4f}")
+    if "new/users" in metrics:
+        rows.append(
+            f"new items alone ({metrics['new/users']:,} users whose item is new to them, history left out): "
+            f"HR@10 {metrics['new/HR@10']:.4f}  NDCG@10 {metrics['new/NDCG@10']:.4f}"
+        )
     if "liked/users" in metrics:
         rows.append(
             f"{metrics['liked/users']:,} users whose item is not negative feedback: "

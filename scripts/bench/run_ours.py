@@ -11,7 +11,6 @@ import measure  # noqa: F401  puts the spine on sys.path
 import torch._dynamo  # noqa: F401  imported by torch's first optimizer: not part of the preparation
 
 import main as program
-from data import load_dataset
 from evaluate import evaluate
 from reclm.config import build_config
 from reclm.run import dist
@@ -29,7 +28,7 @@ def ours(spec: dict) -> dict:
     """One measurement: seconds of each phase and the numbers of targets and users, or the time to a score."""
     begin = time.time()
     cfg = build_config(settings(spec))  # entries of `spec` that are not settings are ignored
-    dataset = load_dataset(cfg.data)
+    dataset = program.open_dataset(cfg)
     run = program.Run(cfg, dataset, program.build_model(cfg, dataset))
     next(run.batches.epoch(0))
     prepared = time.time() - begin
