@@ -130,8 +130,8 @@ class DataConfig:
     """Data"""
 
     dataset: str | None = setting(None, "data")
-    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or your own files: CSV, JSON
-    lines, Parquet (docs/data.md) [default: ml-1m, or ml-100k if that cannot be downloaded]"""
+    """ml-1m, ml-1m-sasrec, ml-1m-m1, ml-100k, movielens-latest-x1 (for task=ctr), or your own files: CSV,
+    JSON lines, Parquet (docs/data.md) [default: ml-1m, or ml-100k if that cannot be downloaded]"""
     columns: str | None = setting(None, "free")
     """own data: which column holds what, e.g. user=visitor,item=sku, or without a header user=1,item=3"""
     drop_bad_rows: bool = setting(False, "data")

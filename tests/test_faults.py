@@ -439,9 +439,7 @@ def test_a_checkpoint_knows_its_data_by_content_not_by_path(work):
     (work / "tiny.csv").rename(work / "moved" / "shop.csv")
     here("--eval_only=true", "--out_dir=run", "--dataset=moved/shop.csv", cwd=work).ok()
     write_csv(work / "other.csv", first_item=100)
-    assert_refused(
-        here("--eval_only=true", "--out_dir=run", "--dataset=other.csv", cwd=work), "25 of the 25 items"
-    )
+    assert_refused(here("--eval_only=true", "--out_dir=run", "--dataset=other.csv", cwd=work), "fingerprint")
 
 
 def test_feature_files_may_be_moved(work):

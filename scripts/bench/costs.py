@@ -44,6 +44,7 @@ from evaluate import evaluate
 from model import SequenceRecommender
 from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Dataset, Vocabulary
+from reclm.errors import run_script
 from reclm.nn import hstu
 from reclm.nn.losses import softmax
 from reclm.run.process import keep_freed_memory
@@ -345,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    run_script(main)

@@ -36,6 +36,7 @@ import model as spine
 from reclm.config import Config, ModelConfig, build_config
 from reclm.data.dataset import Dataset, Vocabulary
 from reclm.data.features import choose_inputs
+from reclm.errors import run_script
 from reclm.flags import parse_args
 from reclm.run.process import keep_freed_memory
 
@@ -199,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    run_script(main)
