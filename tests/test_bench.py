@@ -167,7 +167,7 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
     [
         (peers, ["--peers=nobody"], "--peers must be of recbole"),
         (peers, ["--model_name=hstu"], "only RecTools has HSTU blocks"),
-        (peers, ["--rounds=0"], "--rounds and --steps at least 1"),
+        (peers, ["--rounds=0"], "--rounds and --steps must be at least 1"),
         (peers, ["--out=held.json"], "held.json exists and is not overwritten"),
         (peers, ["--peers=", "--dataset=none.csv"], "none.csv"),
         (costs, [], "costs.json exists and is not overwritten"),
