@@ -31,7 +31,7 @@ import peers
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from measure import arguments, compare, peak_of, run, say, table, write
+from measure import arguments, compare, peak_of, run, say, show, table, write
 from run_reading import COLUMNS
 
 from reclm.data.sources import find_dataset, read_dataset
@@ -39,7 +39,6 @@ from reclm.errors import UserError
 
 FORMATS = ("csv", "dat", "parquet")
 THREADS = "2"  # of every tool
-OURS = {"preparation": "preparation", "preparation, cached": "preparation"}  # in this order: {name: tool}
 
 
 def read_args() -> argparse.Namespace:
@@ -53,8 +52,8 @@ def read_args() -> argparse.Namespace:
     return args
 
 
-def write_files(args: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """Write the ratings --repeats times, with new users each time -> {format: path}."""
+def write_files(args: argparse.Namespace, work: Path) -> tuple[dict[str, Path], int]:
+    """Write the ratings --repeats times, with new users each time -> ({format: path}, number of rows)."""
     ratings = read_dataset(find_dataset("ml-1m", args.data_dir)).interactions.astype(np.int64)
     ratings.columns = COLUMNS
     paths = {name: work / f"ratings.{name}" for name in FORMATS}
@@ -74,8 +73,7 @@ def write_files(args: argparse.Namespace, work: Path) -> dict[str, Path]:
             dat.write(text.getvalue().replace(b",", b"::"))
             parquet.write_table(part)
             ratings["userId"] += shift
-    say(f"data: {args.repeats * len(ratings):,} rows")
-    return paths
+    return paths, args.repeats * len(ratings)
 
 
 def measure(tool: str, python: Path, file: Path, cache: Path) -> dict:
@@ -86,42 +84,40 @@ def measure(tool: str, python: Path, file: Path, cache: Path) -> dict:
     script = Path(__file__).with_name("run_reading.py")
     peak_of([python, script, tool, file, result], file.parent, **env)
     found = json.loads(result.read_text())
-    rows = found["size"][0]
-    return {
-        "size": found["size"],
-        "M rows/s": rows / found["seconds"] / 1e6,
-        "memory, GiB": found["memory_gib"],
-    }
+    speed = found["size"][0] / found["seconds"] / 1e6
+    return {"size": found["size"], "M rows/s": speed, "memory, GiB": found["memory_gib"]}
 
 
-def one_round(pythons: dict[str, Path], paths: dict[str, Path], rounds: dict[str, dict], work: Path) -> None:
-    """Measure every format with every tool, and add the results to `rounds`. Raises UserError where tools do
-    not find the same rows, users and items."""
-    for form, path in paths.items():
-        cache = work / "cache"
-        shutil.rmtree(cache, ignore_errors=True)
-        sizes = {}
-        for name in (*pythons, *OURS):
-            row = measure(OURS.get(name, name), pythons.get(name, sys.executable), path, cache)
-            sizes[name] = row.pop("size")
-            rounds[form].setdefault(name, []).append(row)
-            say(f"{path.name}, {name}: {row['M rows/s']:.2f} M rows/s, {row['memory, GiB']:.2f} GiB")
-        if len(set(map(tuple, sizes.values()))) > 1:
-            raise UserError(f"the tools disagree on the rows, users and items of {path.name}: {sizes}")
+def one_round(tools: dict[str, tuple[str, Path]], file: Path, work: Path) -> dict[str, dict]:
+    """Measure each tool once -> {name: row}. Raises UserError where they find other rows, users or items."""
+    cache, rows = work / "cache", {}
+    shutil.rmtree(cache, ignore_errors=True)
+    for name, (tool, python) in tools.items():
+        rows[name] = measure(tool, python, file, cache)
+        show(f"{file.name}, {name}", {key: value for key, value in rows[name].items() if key != "size"})
+    sizes = {name: tuple(row.pop("size")) for name, row in rows.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"the tools disagree on the rows, users and items of {file.name}: {sizes}")
+    return rows
 
 
 def main() -> None:
     args = read_args()
-    pythons = dict.fromkeys(("ours", "pandas"), sys.executable) | peers.pythons_of(args)
-    rounds = {form: {} for form in FORMATS}
+    ours = dict.fromkeys(("ours", "pandas"), Path(sys.executable))
+    reading = {name: (name, python) for name, python in (ours | peers.pythons_of(args)).items()}
+    preparation = dict.fromkeys(("preparation", "from the cache"), ("preparation", Path(sys.executable)))
+    rounds = {form: [] for form in FORMATS}
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_files(args, Path(folder))
+        files, rows = write_files(args, Path(folder))
         for _ in range(args.rounds):
-            one_round(pythons, paths, rounds, Path(folder))
-    results = {form: compare(rows) for form, rows in rounds.items()}
-    for form, found in results.items():
-        say(table({form: name} | row for name, row in found.items()))
-    write(args.out, {"repeats": args.repeats, "results": results, "rounds": rounds})
+            for form, found in rounds.items():
+                found.append(one_round(reading | preparation, files[form], Path(folder)))
+    results = {"reading": {}, "preparation": {}}
+    for form, found in rounds.items():
+        for part, tools in {"reading": reading, "preparation": preparation}.items():
+            results[part][form] = compare({name: [row[name] for row in found] for name in tools})
+            say(table({f"{part}, {form}": name} | row for name, row in results[part][form].items()))
+    write(args.out, {"rows": rows, "results": results, "rounds": rounds})
 
 
 if __name__ == "__main__":
