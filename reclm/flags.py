@@ -4,6 +4,7 @@ import re
 import sys
 from argparse import ArgumentError
 from argparse import ArgumentParser as ArgumentParserOfPython
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -72,6 +73,7 @@ def check_yaml(path: Path) -> None:
         raise UserError(f"--config={path} has YAML aliases (*name): write the values out")
 
 
+@cache
 def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from launch import MAIN, here, read_json, write_csv
 
@@ -15,6 +16,7 @@ import costs
 import measure
 import pair
 import peers
+import readers
 import run_ours
 
 from data import load_dataset
@@ -167,9 +169,11 @@ def test_a_peer_that_cannot_be_installed_is_one_line(tmp_path):
     [
         (peers, ["--peers=nobody"], "--peers must be of recbole"),
         (peers, ["--model_name=hstu"], "only RecTools has HSTU blocks"),
-        (peers, ["--rounds=0"], "--rounds and --steps at least 1"),
+        (peers, ["--rounds=0"], "--rounds and --steps must be at least 1"),
         (peers, ["--out=held.json"], "held.json exists and is not overwritten"),
         (peers, ["--peers=", "--dataset=none.csv"], "none.csv"),
+        (readers, ["--peers=recbole"], "--peers must be of rectools, replay"),
+        (readers, ["--repeats=0"], "--rounds and --repeats must be at least 1"),
         (costs, [], "costs.json exists and is not overwritten"),
         (costs, ["--out=new.json", "--plot=held.json"], "held.json exists and is not overwritten"),
         (pair, ["--before=nowhere"], "--before=nowhere has no main.py"),
@@ -187,6 +191,73 @@ def test_bad_input_is_one_line(tmp_path, program, flags, words):
     assert stopped.code == 2 and len(stopped.errors) == 1 and words in stopped.errors[0]
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert files == {"held.json": "{}", "costs.json": "{}"}
+
+
+# ---------------------------------------------------------------- readers.py
+
+
+def write_ratings(folder):
+    """A small ml-1m/ratings.dat -> its rows."""
+    (folder / "ml-1m").mkdir()
+    rows = [(user, 10 * item, 1 + item % 5, 1000 + user + item) for user in (1, 2, 3) for item in range(1, 5)]
+    text = "".join("::".join(map(str, row)) + "\n" for row in rows)
+    (folder / "ml-1m" / "ratings.dat").write_text(text)
+    return rows
+
+
+def test_the_formats_hold_the_same_ratings_of_new_users_each_time(tmp_path):
+    rows = write_ratings(tmp_path)
+    args = readers.argparse.Namespace(data_dir=tmp_path, repeats=2)
+    files, count = readers.write_files(args, tmp_path)
+    repeated = [(user + 3 * i, *rest) for i in (0, 1) for user, *rest in rows]
+    lines = [",".join(map(str, row)) for row in repeated]
+    assert files["csv"].read_text().splitlines() == ["userId,movieId,rating,timestamp", *lines]
+    assert files["dat"].read_text().splitlines() == [line.replace(",", "::") for line in lines]
+    table = pyarrow.parquet.read_table(files["parquet"])
+    assert list(zip(*table.to_pydict().values(), strict=True)) == repeated and count == len(repeated)
+
+
+OURS = Path(sys.executable)
+
+
+@pytest.mark.parametrize("form", ["csv", "dat", "parquet"])
+def test_all_read_the_same_table(tmp_path, form):
+    write_ratings(tmp_path)
+    files, _ = readers.write_files(readers.argparse.Namespace(data_dir=tmp_path, repeats=2), tmp_path)
+    tools = {"dat": ["ours", "pandas"], "csv": ["pandas", "preparation"], "parquet": ["ours", "preparation"]}
+    for tool in tools[form]:
+        row = readers.measure(tool, OURS, files[form], tmp_path / "cache")
+        assert row["size"] == [24, 6, 4] and row["M rows/s"] > 0 and 0 <= row["memory, GiB"] < 1
+    assert (tmp_path / "cache").exists() == ("preparation" in tools[form])
+
+
+def test_readers_take_turns_and_start_without_a_cache(tmp_path, monkeypatch):
+    write_ratings(tmp_path)
+    calls = []
+
+    def measure(tool, python, file, cache):
+        assert python == OURS and cache.exists() == (calls[-1:] == [("preparation", file.suffix)])
+        calls.append((tool, file.suffix))
+        cache.mkdir(exist_ok=True) if tool == "preparation" else None
+        return {"size": [9, 3, 4], "M rows/s": len(calls), "memory, GiB": 1.0}
+
+    monkeypatch.setattr(readers, "measure", measure)
+    flags = "--data_dir=.", "--peers=", "--repeats=2", "--rounds=2"
+    shown = here(*flags, cwd=tmp_path, program=readers.main).ok().stdout
+    tools = ["ours", "pandas", "preparation", "preparation"]
+    assert calls == 2 * [(tool, form) for form in (".csv", ".dat", ".parquet") for tool in tools]
+    found = read_json(tmp_path / "readers.json")
+    assert found["rows"] == 24 and "| preparation, parquet | M rows/s | memory, GiB |" in shown
+    assert found["results"]["reading"]["csv"]["ours"]["M rows/s"] == {"median": 7, "min": 1, "max": 13}
+    assert list(found["results"]["preparation"]["csv"])[:2] == ["preparation", "from the cache"]
+
+
+def test_tools_that_read_another_table_are_not_compared(tmp_path, monkeypatch):
+    sizes = {"ours": (9, 3, 4), "pandas": (9, 3, 5)}
+    row = {"M rows/s": 1.0, "memory, GiB": 1.0}
+    monkeypatch.setattr(readers, "measure", lambda tool, *_: {"size": sizes[tool]} | row)
+    with pytest.raises(UserError, match=r"disagree on the rows, .* x.csv: .*\(9, 3, 4\), .*\(9, 3, 5\)"):
+        readers.one_round({name: (name, OURS) for name in sizes}, tmp_path / "x.csv", tmp_path)
 
 
 # ---------------------------------------------------------------- costs.py

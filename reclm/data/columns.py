@@ -4,6 +4,7 @@ Values arrive as arrow arrays of any type, from text, JSON lines and Parquet ali
 as text, times as seconds since 1970, ratings as numbers."""
 
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,11 +166,16 @@ def texts_of_ids(values: pa.Array) -> list[str | None]:
     return texts
 
 
-def to_ids(values: pa.ChunkedArray) -> pd.Categorical:
-    """Ids as a categorical of texts in sorted order; missing where the value is no id."""
+def encode(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values as numbers into a dictionary that all chunks share."""
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
-    array = values.unify_dictionaries().combine_chunks()
+    return values.unify_dictionaries()
+
+
+def to_ids(values: pa.ChunkedArray) -> pd.Categorical:
+    """Ids as a categorical of texts in sorted order; missing where the value is no id."""
+    array = encode(values).combine_chunks()
     array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
     texts = texts_of_ids(array.dictionary)
     numbers, names = pd.factorize(np.array(texts, dtype=object), sort=True)  # -1 = None
@@ -190,7 +196,8 @@ def to_numbers(values: pa.ChunkedArray) -> np.ndarray:
         numbers = numbers.to_numpy(np.float64)
     else:
         return np.full(len(values), np.nan)
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    finite = np.isfinite(numbers)
+    return numbers if finite.all() else np.where(finite, numbers, np.nan)
 
 
 def to_times(values: pa.ChunkedArray) -> tuple[np.ndarray, str]:
@@ -204,9 +211,10 @@ def to_times(values: pa.ChunkedArray) -> tuple[np.ndarray, str]:
         micro = values.cast(pa.timestamp("us", tz=getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return not_negative(pa.compute.cast(micro, pa.float64(), safe=False).to_numpy() / 1e6), ""
     numbers = to_numbers(values)
-    known = numbers[~np.isnan(numbers)]
+    missing = np.isnan(numbers)
+    known = numbers[~missing] if missing.any() else numbers
     if 2 * len(known) < len(values) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        distinct = values.dictionary_encode().unify_dictionaries().combine_chunks()
+        distinct = encode(values).combine_chunks()
         array = distinct if isinstance(distinct, pa.Array) else pa.concat_arrays(distinct.chunks)
         parsed = pd.to_datetime(
             pd.Series(array.dictionary.to_pylist(), dtype=object).where(lambda text: ~is_number(text)),
@@ -217,18 +225,21 @@ def to_times(values: pa.ChunkedArray) -> tuple[np.ndarray, str]:
         return not_negative(seconds.to_numpy(np.float64)[rows]), "ISO dates"
     if not len(known):
         return numbers, ""
-    if known.min() >= 19000101 and known.max() <= 21001231 and not (known % 1).any():
+    least, most = known.min(), known.max()
+    if least >= 19000101 and most <= 21001231 and not (known % 1).any():
         days = pd.to_datetime(
             pd.Series(numbers).astype("Int64").astype(str), format="%Y%m%d", errors="coerce"
         )
         if days.notna().sum() == len(known):
             seconds = (days - pd.Timestamp(0)) / pd.Timedelta(seconds=1)
             return not_negative(seconds.to_numpy(np.float64)), "dates like 20220408"
-    limits = np.array(list(UNITS))
-    unit = np.searchsorted(limits, numbers, side="right")  # nan: the last
-    most = int(np.searchsorted(limits, np.median(known), side="right"))
-    scale, name = [*UNITS.values(), NANOSECONDS][most]
-    return not_negative(np.where(unit == most, numbers / scale, np.nan)), "" if scale == 1 else name
+    limits = [-np.inf, *UNITS, np.inf]
+    unit = bisect(limits, least) - 1
+    if most >= limits[unit + 1]:
+        unit = bisect(limits, np.median(known)) - 1
+        numbers = np.where((numbers >= limits[unit]) & (numbers < limits[unit + 1]), numbers, np.nan)
+    scale, name = [*UNITS.values(), NANOSECONDS][unit]
+    return not_negative(numbers if scale == 1 else numbers / scale), "" if scale == 1 else name
 
 
 def is_number(texts: pd.Series) -> pd.Series:
@@ -236,7 +247,8 @@ def is_number(texts: pd.Series) -> pd.Series:
 
 
 def not_negative(seconds: np.ndarray) -> np.ndarray:
-    return np.where(seconds >= 0, seconds, np.nan)
+    good = seconds >= 0
+    return seconds if good.all() else np.where(good, seconds, np.nan)
 
 
 def to_labels(values: pa.ChunkedArray, wishes: Wishes) -> np.ndarray:
@@ -272,7 +284,7 @@ def convert(
             refuse(name, values, int(bad.argmax()), place, "" if bad.all() else ", as in other rows")
         said += words
         bad_rows |= bad
-    frame = pd.DataFrame(columns)
+    frame = pd.DataFrame(columns, copy=False)
     if bad_rows.any():
         frame = frame[~bad_rows].reset_index(drop=True)
         ids = frame.select_dtypes("category")
@@ -293,6 +305,7 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
     if name not in (*IDS, "context", "split"):
         numbers = to_numbers(values)
         return numbers, np.isnan(numbers), []
+    values = encode(values)
     ids = to_ids(values)
     said = ["spaces around ids are removed"] * has_spaces(values)
     if name == "split":
@@ -306,11 +319,9 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
 
 
 def has_spaces(values: pa.ChunkedArray) -> bool:
-    """Are there spaces around a text?"""
-    if not pa.types.is_dictionary(values.type):
-        values = values.dictionary_encode()
-    parts = [chunk.dictionary.to_pylist() for chunk in values.chunks]
-    return any(isinstance(text, str) and text != text.strip() for part in parts for text in part)
+    """Are there spaces around a text? `values` are those of `encode`."""
+    texts = values.chunk(0).dictionary.to_pylist() if values.num_chunks else []
+    return any(isinstance(text, str) and text != text.strip() for text in texts)
 
 
 def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], str], like: str = "") -> None:

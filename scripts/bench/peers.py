@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +39,7 @@ TORCH = "torch==2.13.0"
 OLD = ["setuptools<80", "numpy==1.26.4", "pandas<2.3", "scipy<1.12"]  # the newest that work with RecBole
 PACKAGES = {
     "recbole": ["recbole==1.2.1", TORCH, *OLD],
-    "rectools": ["rectools[torch]==0.19.0", TORCH],
+    "rectools": ["rectools[torch]==0.19.0", TORCH, "pyarrow<24"],
     "replay": ["replay-rec[torch]==0.22.0", TORCH],
 }
 SIZES = {"model_name": "llama", "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2}
@@ -60,29 +61,46 @@ def columns(row: dict) -> dict[str, float]:
 
 def read_args() -> argparse.Namespace:
     parser = arguments(__doc__, "peers.json")
-    parser.add_argument("--peers", default="recbole,rectools", help=f"comma-separated: {', '.join(PACKAGES)}")
+    add_peers(parser, "recbole,rectools")
     parser.add_argument("--data_dir", help="folder of the data, as for main.py")
     parser.add_argument("--dataset", help="dataset, as for main.py")
     parser.add_argument("--model_name", default="llama", choices=["llama", "hstu"], help="kind of our blocks")
-    parser.add_argument("--rounds", type=int, default=3, help="of all tools in turn")
     parser.add_argument("--steps", type=int, default=24, help="timed steps per peer; ours runs whole epochs")
     parser.add_argument(
         "--time_to", type=float, default=0.15, help="also time until this valid NDCG@10; 0 = off"
     )
     parser.add_argument("--time_limit", type=float, default=480.0, help="seconds per tool for --time_to")
-    parser.add_argument(
-        "--venvs",
-        default=str(Path.home() / ".cache" / "reclm" / "bench"),
-        help="folder for the peers' environments",
-    )
     args = parser.parse_args()
-    args.peers = [name for name in args.peers.split(",") if name]
-    unknown = [name for name in args.peers if name not in PACKAGES]
-    if unknown or args.rounds < 1 or args.steps < 1:
-        raise UserError(f"--peers must be of {', '.join(PACKAGES)}; --rounds and --steps at least 1")
+    if args.rounds < 1 or args.steps < 1:
+        raise UserError("--rounds and --steps must be at least 1")
     if args.model_name == "hstu" and args.peers not in ([], ["rectools"]):
         raise UserError("only RecTools has HSTU blocks: use --peers=rectools with --model_name=hstu")
     return args
+
+
+def add_peers(parser: argparse.ArgumentParser, default: str, known: Iterable[str] = PACKAGES) -> None:
+    """Add --rounds, --peers, parsed to a list of names in `known`, and --venvs, see `pythons_of`."""
+
+    def names(text: str) -> list[str]:
+        chosen = [name for name in text.split(",") if name]
+        if not set(chosen) <= set(known):
+            raise UserError(f"--peers must be of {', '.join(known)}")
+        return chosen
+
+    folder = Path.home() / ".cache" / "reclm" / "bench"
+    parser.add_argument(
+        "--peers",
+        type=names,
+        default=default,
+        help=f"comma-separated: {', '.join(known)} [default: {default}]",
+    )
+    parser.add_argument("--venvs", type=Path, default=folder, help="folder for the peers' environments")
+    parser.add_argument("--rounds", type=int, default=3, help="of all tools in turn")
+
+
+def pythons_of(args: argparse.Namespace) -> dict[str, Path]:
+    """{peer: the Python of its environment in --venvs}, created where missing."""
+    return {name: make_venv(args.venvs / name, PACKAGES[name]) for name in args.peers}
 
 
 def make_venv(folder: Path, packages: list[str]) -> Path:
@@ -146,7 +164,7 @@ def describe_time_to(score: float, reached: dict) -> str:
 
 def main() -> None:
     args = read_args()
-    pythons = {name: make_venv(Path(args.venvs) / name, PACKAGES[name]) for name in args.peers}
+    pythons = pythons_of(args)
     rounds = {tool: [] for tool in ("ours", *args.peers)}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
