@@ -320,7 +320,9 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
 
 def has_spaces(values: pa.ChunkedArray) -> bool:
     """Are there spaces around a text? `values` are those of `encode`."""
-    texts = values.chunk(0).dictionary.to_pylist() if values.num_chunks else []
+    if not values.num_chunks or pa.types.is_integer(values.type.value_type):
+        return False
+    texts = values.chunk(0).dictionary.to_pylist()
     return any(isinstance(text, str) and text != text.strip() for text in texts)
 
 

@@ -14,8 +14,9 @@ preparation  ours from the file to the sorted arrays on disk, without a cache, a
 Every tool may use two threads. Rounds alternate between the tools; the tables show medians, with the range.
 The operating system has the files in memory, so the disk is not measured.
 
-M rows/s     millions of rows per second
-memory, GiB  peak resident memory above that after the imports
+M rows/s      millions of rows per second
+CPU s/M rows  seconds of all threads per million rows: hardly affected by other jobs on the machine
+memory, GiB   peak resident memory above that after the imports
 """
 
 import argparse
@@ -77,15 +78,20 @@ def write_files(args: argparse.Namespace, work: Path) -> tuple[dict[str, Path], 
 
 
 def measure(tool: str, python: Path, file: Path, cache: Path) -> dict:
-    """Read `file` once in a process of its own -> {"size": (rows, users, items), "M rows/s", "memory, GiB"}.
+    """Read `file` once in a process of its own -> {"size": (rows, users, items), column: value}.
     Raises UserError if it fails."""
     result = cache.with_name("result.json")
     env = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), THREADS) | {"RECLM_CACHE": str(cache)}
     script = Path(__file__).with_name("run_reading.py")
     peak_of([python, script, tool, file, result], file.parent, **env)
     found = json.loads(result.read_text())
-    speed = found["size"][0] / found["seconds"] / 1e6
-    return {"size": found["size"], "M rows/s": speed, "memory, GiB": found["memory_gib"]}
+    millions = found["size"][0] / 1e6
+    return {
+        "size": found["size"],
+        "M rows/s": millions / found["seconds"],
+        "CPU s/M rows": found["cpu_seconds"] / millions,
+        "memory, GiB": found["memory_gib"],
+    }
 
 
 def one_round(tools: dict[str, tuple[str, Path]], file: Path, work: Path) -> dict[str, dict]:

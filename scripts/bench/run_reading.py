@@ -116,7 +116,12 @@ def memory(name: str) -> float:
 if __name__ == "__main__":
     tool, path, result = sys.argv[1:]
     read = TOOLS[tool]()
-    imported, begin = memory("VmRSS"), time.perf_counter()
+    imported, begin, used = memory("VmRSS"), time.perf_counter(), time.process_time()
     size = read(Path(path))
-    taken = {"seconds": time.perf_counter() - begin, "memory_gib": memory("VmHWM") - imported}
-    Path(result).write_text(json.dumps({"size": size} | taken))
+    found = {
+        "size": size,
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - used,
+        "memory_gib": memory("VmHWM") - imported,
+    }
+    Path(result).write_text(json.dumps(found))
