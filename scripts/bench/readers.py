@@ -27,16 +27,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import numpy as np
 import peers
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from measure import arguments, compare, peak_of, run, say, show, table, write
+from measure import arguments, compare, peak_of, say, show, table, write
 from run_reading import COLUMNS
 
 from reclm.data.sources import find_dataset, read_dataset
-from reclm.errors import UserError
+from reclm.errors import UserError, run_script
 
 FORMATS = ("csv", "dat", "parquet")
 THREADS = "2"  # of every tool
@@ -127,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
