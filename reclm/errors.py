@@ -1,5 +1,6 @@
 """UserError, the exception that becomes a one-line message."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -24,18 +25,23 @@ def run_script(main: Callable[[], None]) -> None:
     """Run `main`; bad input, or an OSError such as a full disk, ends it with one line and exit code 2."""
     open_streams()
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # also after --help, which exits
+            sys.stdout.flush()
     except (UserError, OSError) as error:
         print_error(error)
         raise SystemExit(2) from None
 
 
 def open_streams() -> None:
-    """Where the standard output or error is closed, drop what is written to it."""
+    """Where the standard output or error is closed, drop what is written to it; where it cannot show a
+    character, as in the C locale, escape it."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the end)
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def print_error(error: Exception) -> None:

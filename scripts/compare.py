@@ -8,7 +8,6 @@ Prints a table. The exit code is 1 if a metric differs by more than 5e-5, that i
 Weights are compared by a hash that does not depend on the names of the parameters. Every run launches main.py
 with torchrun, with one thread per process, on MovieLens-100K or with the config of the same name."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import run_script
+from reclm.run.output import ScriptParser
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--dataset=ml-100k"]
@@ -57,9 +57,7 @@ SHOWN = ("NDCG@10", "AUC")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--repo", default=ROOT, type=Path, help="checkout to run [default: this one]")
     parser.add_argument(
         "--out", required=True, type=Path, help="JSON file for results; runs in it are skipped"

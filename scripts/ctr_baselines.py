@@ -15,7 +15,6 @@ is cheaper. lr needs a higher --lr than the default: its weights start at 0, and
 about one step per epoch.
 """
 
-import argparse
 import os
 import sys
 from functools import partial
@@ -39,6 +38,7 @@ from reclm.nn.heads import ctr_loss
 from reclm.nn.inputs import PADDING
 from reclm.nn.layers import Dropout
 from reclm.run import dist, folder
+from reclm.run.output import ScriptParser
 
 OF_BLOCKS = set(
     "model_name n_layers n_heads n_kv_heads hidden_dim gated_residuals position_embedding time_tokens "
@@ -185,9 +185,7 @@ BASELINES = {"lr": LogisticRegression, "din": DIN}
 
 def read_args() -> tuple[str, Config]:
     """(name of the baseline, settings). Raises UserError for an unknown baseline or a flag without effect."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--baseline", help="lr (logistic regression) or din (Deep Interest Network)")
     parser.add_argument("--config", action="append", default=[], help="YAML file, as for main.py; repeatable")
     args, flags = parser.parse_known_args()

@@ -10,7 +10,6 @@ data config. Weights come from the Hugging Face hub or from --weights, a state d
 names. The flags of main.py for data apply. Runs on the CPU.
 """
 
-import argparse
 import sys
 import textwrap
 import warnings
@@ -31,7 +30,7 @@ from data import load_dataset
 from reclm.config import build_config
 from reclm.errors import UserError, first_line, run_script
 from reclm.flags import parse_args
-from reclm.run.output import add_out, check_out, save_array
+from reclm.run.output import ScriptParser, add_out, check_out, save_array
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Transform = Callable[[Image.Image], Tensor]
@@ -128,9 +127,7 @@ def embed(model: nn.Module, transform: Transform, paths: list[Path | None], batc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument(
         "--folder", type=Path, required=True, help="folder of images <item id>.jpg, .jpeg, .png"
     )

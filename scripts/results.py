@@ -17,7 +17,6 @@ published table, which --write fills in between `<!-- block: NAME -->` and `<!--
                                           a list of rows or a dict
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -31,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
+from reclm.run.output import ScriptParser
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "configs" / "records"
@@ -268,9 +268,7 @@ def check(name: str, folder: Path = RECORDS) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--write", action="store_true", help="write all blocks of README.md, docs/, configs/")
     parser.add_argument("--check", metavar="NAME", help="remake a record and compare")
     parser.add_argument("--record", metavar="NAME", help="print the runs as records of that name")

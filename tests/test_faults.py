@@ -561,6 +561,9 @@ def test_control_characters_are_shown_and_not_obeyed():
 PROGRAMS = [MAIN, *sorted((MAIN.parent / "scripts").glob("*.py"))]
 
 
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_isolated_in_the_c_locale(program, tmp_path):
     """python -I: neither the folder of the program nor PYTHON... variables count."""
@@ -568,6 +571,29 @@ def test_isolated_in_the_c_locale(program, tmp_path):
     command = [sys.executable, "-I", str(program), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=90)
     assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "flag"), [(MAIN, "--none=é"), (PROGRAMS[-1], "--none=é"), (PROGRAMS[-1], "--help")]
+)
+def test_flags_and_help_end_in_one_line(program, flag):
+    """A flag that does not exist, and help that cannot be written (argparse hides that of main.py)."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(program), flag]
+        done = subprocess.run(
+            command, env=buffered | C_LOCALE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=90
+        )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_an_ascii_terminal_gets_results_and_plots(work, tmp_path):
+    plot = ["plot_runs.py", "--out=é.png", "--title=é$\\frac{", "_é$=run"]
+    for script, *flags in (["results.py", "run", "run"], plot):
+        command = [sys.executable, str(MAIN.parent / "scripts" / script), *flags]
+        done = subprocess.run(command, cwd=work, env=os.environ | C_LOCALE, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def launch_into(output, work, *flags, stderr=subprocess.PIPE):
@@ -607,6 +633,5 @@ def test_unicode_ids_in_the_c_locale(tmp_path):
         f"ü{u},é{(u + t) % 9},{t}\n" for u in range(12) for t in range(8)
     )
     (tmp_path / "ü.csv").write_text(text)
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
-    shown = python("--dataset=ü.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path, env=env)
+    shown = python("--dataset=ü.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path, env=C_LOCALE)
     assert "\\u" in shown.ok().stdout  # what ASCII cannot show is escaped

@@ -89,7 +89,11 @@ def distributed():
                 ) from None
             global _group
             _group = dist.group.WORLD
-        yield
+        try:
+            yield
+        except SystemExit:  # --help: not all of it may have been written
+            sys.stdout.flush()
+            raise
         barrier()  # without it gloo aborts one run in a hundred at interpreter exit
     except (UserError, OSError) as error:
         if isinstance(error, LocalError) or is_main():

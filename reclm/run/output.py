@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -43,6 +44,17 @@ def save_array(path: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_whole(path, lambda work: work.write_bytes(buffer.getbuffer()))
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """The parser of a script, described by its docstring: a bad flag is one line."""
+
+    def __init__(self, doc: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists all flags)")
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:

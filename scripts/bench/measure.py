@@ -23,6 +23,7 @@ import psutil
 
 from reclm.errors import UserError
 from reclm.run.logger import say
+from reclm.run.output import ScriptParser
 from reclm.run.report import stamp
 
 
@@ -116,9 +117,7 @@ def show(title: str, found: dict | list[dict]) -> None:
 
 def arguments(doc: str, out: str) -> argparse.ArgumentParser:
     """A parser that shows `doc` and has --out, which must not exist."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(doc)
     parser.add_argument("--out", type=new_file, default=out, help=f"new JSON file to write [default: {out}]")
     return parser
 
