@@ -56,7 +56,7 @@ def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
         return source, *prepare(source, cfg, task)
 
     source, folder, notes = dist.on_main(find_and_prepare)
-    found = read_cache(folder, trusted=dist.is_main())
+    found = read_cache(folder)
     if found is None:
         raise UserError(f"process {dist.rank()} cannot read {folder}: let RECLM_CACHE name a shared folder")
     meta, arrays = found

@@ -22,9 +22,8 @@ from test_bad_input import assert_refused
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import results
 
-from data import load_dataset
 from reclm.config import DataConfig
-from reclm.data import cache, download
+from reclm.data import download
 from reclm.data.cache import cache_root, read_cache
 from reclm.data.prepare import prepare
 from reclm.data.sources import find_dataset
@@ -283,17 +282,6 @@ def test_damaged_arrays_are_made_again(tmp_path, monkeypatch, name, damage):
     assert read_cache(folder)[0] == meta
     assert all(np.array_equal(kept[key], array) for key, array in read_cache(folder)[1].items())
     assert prepare(source, DataConfig())[1] == []
-
-
-def test_checksums_are_compared_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLM_CACHE", str(tmp_path / "cache"))
-    cfg = DataConfig(dataset=str(write_csv(tmp_path / "a.csv")))
-    load_dataset(cfg)
-    compared = []
-    checksum = cache.checksum
-    monkeypatch.setattr(cache, "checksum", lambda array: compared.append(1) or checksum(array))
-    load_dataset(cfg)
-    assert len(compared) == len(list((tmp_path / "cache").rglob("*.npy")))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

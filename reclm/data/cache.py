@@ -65,9 +65,8 @@ def write_cache(folder: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None
         shutil.rmtree(work, ignore_errors=True)
 
 
-def read_cache(folder: Path, trusted: bool = False) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """(meta, memory-mapped arrays) of `write_cache`; None if the folder is missing or its content changed.
-    `trusted` spares the checksums, where this process has just compared them."""
+def read_cache(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """(meta, memory-mapped arrays) of `write_cache`; None if the folder is missing or its content changed."""
     try:
         meta, described, checked = json.loads((folder / "meta.json").read_text())
         if zlib.crc32(json.dumps([meta, described]).encode()) != checked:
@@ -75,6 +74,4 @@ def read_cache(folder: Path, trusted: bool = False) -> tuple[dict, dict[str, np.
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in described}
     except (OSError, ValueError, TypeError, EOFError):
         return None
-    if not trusted and {name: describe(array) for name, array in arrays.items()} != described:
-        return None
-    return meta, arrays
+    return (meta, arrays) if {name: describe(a) for name, a in arrays.items()} == described else None
