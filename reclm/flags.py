@@ -74,8 +74,9 @@ def check_yaml(path: Path) -> None:
 
 
 @cache
-def build_parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of the fields
+def build_parser(with_help: bool = False) -> ArgumentParser:
+    """`with_help` adds the help texts of the fields, which take longer than all the rest."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     parser = ArgumentParser(prog="main.py", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     for cls in SECTIONS.values():
@@ -85,8 +86,9 @@ def build_parser() -> ArgumentParser:
 
 def parse(argv: list[str], where: str) -> dict:
     """{name: value} of one source of settings. An error message starts with `where`."""
+    with_help = not {"-h", "--help"}.isdisjoint(argv)
     try:
-        given = vars(build_parser().parse_args(argv, defaults=False))
+        given = vars(build_parser(with_help).parse_args(argv, defaults=False))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{where}{explain(str(error))}") from None
     given.pop("config", None)

@@ -7,15 +7,15 @@ The ratings of MovieLens-1M, repeated with new users each time, are written as C
 and as Parquet, into a temporary folder. What is measured, each time in a process of its own (see
 scripts/bench/run_reading.py), imports not counted:
 
-reading      file -> table in memory, users and items numbered from 0. Ours checks every value, recognises
-             columns and formats, and numbers ids in sorted order; the others take the columns as they are.
+reading      file -> table in memory, users and items numbered from 0. Ours recognises columns and formats
+             and checks every value; the others are told the format and take the values as they are
 preparation  ours from the file to the sorted arrays on disk, without a cache, and again with it
 
 Every tool may use two threads. Rounds alternate between the tools; the tables show medians, with the range.
 The operating system has the files in memory, so the disk is not measured.
 
 M rows/s      millions of rows per second
-CPU s/M rows  seconds of all threads per million rows: hardly affected by other jobs on the machine
+CPU s/M rows  seconds of all threads per million rows: other jobs affect them less
 memory, GiB   peak resident memory above that after the imports
 """
 
