@@ -2,6 +2,8 @@
 
 from typing import Any
 
+LONGEST = 600  # characters of a message; a remedy often stands at its end
+
 
 class UserError(Exception):
     """Bad input, shown as one line that names it and the remedy, without a traceback (run/dist.py)."""
@@ -14,6 +16,12 @@ class LocalError(UserError):
 def printable(text: str) -> str:
     """The text with control characters, which a terminal would obey, as \\x1b; lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line of at most LONGEST characters: what a file or a flag holds may be long."""
+    line = printable(" ".join(text.splitlines())).replace("\t", "\\t")
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
 
 
 def first_line(error: Exception) -> str:

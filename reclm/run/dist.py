@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reclm.errors import LocalError, UserError, first_line, printable
+from reclm.errors import LocalError, UserError, first_line, one_line
 from reclm.run.process import die_with_launcher, keep_freed_memory
 
 # A reference that keeps the process group alive until free_group(). If DDP were its last owner, it would free
@@ -93,7 +93,7 @@ def distributed():
     except (UserError, OSError) as error:
         if isinstance(error, LocalError) or is_main():
             sys.stdout.flush()
-            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:  # torchrun kills all processes when the first one exits: let the main one print and exit first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)
