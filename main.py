@@ -144,7 +144,8 @@ class Run:
             checkpoint.start_from(model, Path(cfg.train.init_from), dataset, cfg)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
-            model.load_state_dict(state.get("trained", state["model"]))
+            trained = state.get("trained", state["model"])
+            checkpoint.restore_model(model, state | {"model": trained}, path, dataset)
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same

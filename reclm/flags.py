@@ -99,7 +99,7 @@ def parse_settings(values: dict) -> dict:
         raise UserError(f"there is no setting {unknown[0]!r:.60}")
     try:
         return vars(build_parser().parse_object(values, defaults=False))
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(explain(str(error))) from None
 
 

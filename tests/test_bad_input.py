@@ -200,6 +200,16 @@ CASES = {
         lambda work: (work / "tiny.users.csv").write_text("name,age\nu1,7\n"),
         ["tiny.users.csv", "user", "name, age"],
     ),
+    "users in a list": (
+        ["--dataset=tiny.csv"],
+        lambda work: (work / "tiny.users.jsonl").write_text('{"user": ["u1"], "age": 7}\n'),
+        ["tiny.users.jsonl, line 1: user is a list"],
+    ),
+    "a long line": (
+        ["--dataset=tiny.csv"],
+        lambda work: (work / "tiny.csv").write_text(f"{'x' * 5000},y\n1,2\n"),
+        ["tiny.csv needs the columns", " ... ", "--columns=user=NAME"],
+    ),
     "no ratings": ([BARE, "--negative_below=3"], bare, ["--negative_below", "ratings"]),
     "no actions": ([BARE, "--action_embedding=true"], bare, ["--action_embedding", "ratings"]),
     "no times, tokens": ([BARE, "--time_tokens=tokens"], bare, ["--time_tokens", "timestamps"]),

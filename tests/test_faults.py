@@ -27,7 +27,7 @@ from reclm.data import download
 from reclm.data.cache import cache_root, read_cache
 from reclm.data.prepare import prepare
 from reclm.data.sources import find_dataset
-from reclm.errors import UserError, printable
+from reclm.errors import LONGEST, UserError, one_line, printable
 from reclm.flags import parse_args
 from reclm.run import lock
 from reclm.run.lock import FolderLock
@@ -310,6 +310,10 @@ def changed(state, *path_and_value):
     return state
 
 
+def with_ema(state):
+    return changed(state, "config", "ema", 0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -325,6 +329,12 @@ def changed(state, *path_and_value):
         (lambda s: changed(s, "history", 7), "history is of type int"),
         (lambda s: changed(s, "model", "norm.weight", 3), "model['norm.weight']"),
         (lambda s: changed(s, "model", "norm.weight", torch.zeros(3)), "does not fit this architecture"),
+        (
+            lambda s: changed(s, "trained", {"norm.weight": torch.zeros(3)}) and with_ema(s),
+            "does not fit this",
+        ),
+        (lambda s: changed(s, "version", torch.zeros(3)), "another version"),
+        (lambda s: changed(s, "config", "utc_offset", 10**400), "config: int too large"),
         (lambda s: changed(s, "evil", 1), "unknown entry 'evil'"),
         (lambda s: changed(s, "dataset", 5), "dataset is of type int"),
         (lambda s: changed(s, "optimizer", {}), "other groups of weights"),
@@ -345,6 +355,14 @@ def test_a_checkpoint_is_data_from_a_stranger(work, change, named):
     shown = here(*SHORT, "--resume=auto", "--out_dir=run", cwd=work) if "num_epochs" in shown.text else shown
     assert_refused(shown, named)
     assert snapshot(work) == before and "\x1b" not in shown.text
+
+
+def test_a_finished_run_cannot_go_on_elsewhere(work):
+    """Its best epoch is not there, so there would be nothing to test at the end."""
+    before = snapshot(work)
+    shown = here("--resume=run/last.pth", "--out_dir=new", cwd=work)
+    assert_refused(shown, "has all its 2 epochs", "new/best.pth is missing", "--eval_only=true")
+    assert snapshot(work) == before
 
 
 # ---------------------------------------------------------------- sizes
@@ -553,3 +571,9 @@ def test_a_process_that_dies_is_noticed(tmp_path):
 
 def test_control_characters_are_shown_and_not_obeyed():
     assert printable("a\x1b[2J\tb\nc\x07é") == "a\\x1b[2J\tb\nc\\x07é"
+
+
+def test_a_message_is_one_line_that_keeps_its_end():
+    assert one_line("a\nb\tc\x1b") == "a b\\tc\\x1b"
+    line = one_line(f"--lr={'x' * 5000}: choose a smaller one")
+    assert len(line) == LONGEST and line.startswith("--lr=xx") and line.endswith(": choose a smaller one")
