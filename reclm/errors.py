@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text as one printable line of at most LONGEST characters: what a file or a flag holds may be long."""
+    """The text as one printable line of at most LONGEST characters: names and values may be of any length."""
     line = printable(" ".join(text.splitlines())).replace("\t", "\\t")
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
 

@@ -341,8 +341,14 @@ def with_ema(state):
         (lambda s: changed(s, "optimizer", "param_groups", 1), "other groups of weights"),
         (
             lambda s: changed(s, "optimizer", "state", 0, "exp_avg", torch.zeros(1, 2)),
-            "another shape of 'exp_avg'",
+            "another type or shape of 'exp_avg'",
         ),
+        (
+            lambda s: changed(s, "optimizer", "state", 0, "step", torch.ones(1).to_sparse()),
+            "type or shape of 'step'",
+        ),
+        (lambda s: changed(s, "optimizer", "state", 1, "step", 3), "type or shape of 'step'"),
+        (lambda s: s["optimizer"]["state"][1].pop("step") and s, "other values of weight 1"),
         (lambda s: changed(s, "optimizer", "state", 99, {}), "a state of weight 99"),
         (lambda s: changed(s, "dataset", "a\x1b[2Jb") and changed(s, "fingerprint", "x"), r"a\x1b[2Jb"),
     ],
@@ -355,6 +361,27 @@ def test_a_checkpoint_is_data_from_a_stranger(work, change, named):
     shown = here(*SHORT, "--resume=auto", "--out_dir=run", cwd=work) if "num_epochs" in shown.text else shown
     assert_refused(shown, named)
     assert snapshot(work) == before and "\x1b" not in shown.text
+
+
+def test_an_error_is_not_glued_to_the_progress_bar(work):
+    """The average of the weights is damaged, which only the evaluation reads."""
+    first = work / "run" / "epoch_0.pth"
+    state = with_ema(read_state(first)) | {"trained": read_state(first)["model"]}
+    state["model"]["norm.weight"][:] = torch.nan
+    torch.save(state, work / "damaged.pth")
+    shown = here("--resume=damaged.pth", "--out_dir=new", cwd=work)
+    assert_refused(shown, "non-finite scores")
+    assert shown.stderr.splitlines()[-1] == shown.errors[0]
+
+
+def test_the_optimizer_is_set_by_the_settings_and_not_by_the_checkpoint(work):
+    state = read_state(work / "run" / "epoch_0.pth")
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"betas": None, "maximize": True}
+    torch.save(state, work / "foreign.pth")
+    for path in ("foreign.pth", "run/epoch_0.pth"):
+        here(f"--resume={path}", f"--out_dir={Path(path).stem}", cwd=work).ok()
+    assert read_rows(work / "foreign") == read_rows(work / "epoch_0") == read_rows(work / "run")
 
 
 def test_a_finished_run_cannot_go_on_elsewhere(work):
