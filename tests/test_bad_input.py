@@ -162,6 +162,8 @@ CASES = {
     "removed, in yaml": (["--config=my.yaml"], yaml_text("scores: cosine\n"), ["my.yaml", "--scores"]),
     "negative": ([DATA, "--lr=-1"], nothing, ["--lr=-1"]),
     "nan setting": ([DATA, "--lr=nan"], nothing, ["--lr", "nan"]),
+    "null in yaml": (["--config=my.yaml"], yaml_text("ckpt_name: null\n"), ["my.yaml: --ckpt_name is null"]),
+    "more than a float": ([DATA, f"--ema={'9' * 400}"], nothing, ["too large to convert to float"]),
     "negative seed": ([DATA, "--seed=-1"], nothing, ["--seed=-1"]),
     "huge seed": ([DATA, *TINY, f"--seed={10**20}"], nothing, [f"--seed={10**20}"]),
     "heads": ([DATA, "--dim=16", "--n_heads=3"], nothing, ["--dim=16", "--n_heads=3"]),

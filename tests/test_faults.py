@@ -318,6 +318,7 @@ def with_ema(state):
     ("change", "named"),
     [
         (lambda s: changed(s, "config", "dim", "wide"), "--dim"),
+        (lambda s: changed(s, "config", "window", None), "--window is null"),
         (lambda s: changed(s, "config", "evil", 1), "no setting 'evil'"),
         (lambda s: changed(s, "config", "n_layers", -3), "--n_layers"),
         (lambda s: changed(s, "config", []), "config is of type list"),
