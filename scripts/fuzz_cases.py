@@ -43,35 +43,13 @@ CELLS += ' |null|NA|true|::|\t|,|;|"|\'|""|1 2|é|日本|a:b|user|item|rating|ti
 CELLS += "1600000000|1600000000000|1600000000000000000|20220408|20221399|2022-04-08|0001-01-01".split("|")
 CELLS += "9999-12-31|2022-04-08T01:02:03.5+02:00|2022-13-45|12:30".split("|")
 BYTES = [
-    b"\0",
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"\xe9",
-    b'"',
-    b"\n",
-    b"\r",
-    b"\x1f\x8b",
-    b"PK\3\4",
-    b"{",
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9", b'"', b"\n", b"\r", b"\x1f\x8b", b"PK\3\4", b"{",
     b"&a *a",
-]
+]  # fmt: skip
 VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    2**63 - 1,
-    2**70,
-    10**400,
-    1.5,
-    float("nan"),
-    float("inf"),
-    [],
-    {},
-    [1],
+    None, True, -1, 0, 1, 2**63 - 1, 2**70, 10**400, 1.5, float("nan"), float("inf"), [], {}, [1],
     {"a": 1},
-]
+]  # fmt: skip
 VALUES += ["", "1", "x" * 5000, "a\nb", "\x1b[31m", [[1], [2]]]
 TENSORS = [torch.zeros(0), torch.zeros(3), torch.full((3,), torch.nan), torch.zeros(1).expand(2**40)]
 TENSOR_TO = {  # other forms of the same tensor
@@ -81,15 +59,9 @@ TENSOR_TO = {  # other forms of the same tensor
     "complex": lambda x: x.to(torch.complex64), "empty": lambda x: x[:0] if x.ndim else x,
 }  # fmt: skip
 PARQUET = [
-    pa.string(),
-    pa.large_string(),
-    pa.binary(),
-    pa.int8(),
-    pa.int64(),
-    pa.uint64(),
-    pa.float32(),
+    pa.string(), pa.large_string(), pa.binary(), pa.int8(), pa.int64(), pa.uint64(), pa.float32(),
     pa.null(),
-]
+]  # fmt: skip
 PARQUET += [pa.decimal128(20, 2), pa.bool_(), pa.date32(), pa.timestamp("ns", "UTC"), pa.timestamp("s")]
 PARQUET += [pa.time64("us"), pa.duration("s"), pa.dictionary(pa.int8(), pa.string()), pa.list_(pa.string())]
 
