@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -146,7 +146,8 @@ class Run:
             checkpoint.start_from(model, Path(cfg.train.init_from), dataset, cfg)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
-            model.load_state_dict(state.get("trained", state["model"]))
+            trained = state.get("trained", state["model"])
+            checkpoint.restore_model(model, state | {"model": trained}, path, dataset)
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
@@ -155,7 +156,8 @@ class Run:
         self.progress, self.history = Progress(), []
         if state:
             check_optimizer(state["optimizer"], self.optimizer, path)
-            self.optimizer.load_state_dict(state["optimizer"])
+            moments = {"state": state["optimizer"]["state"]}  # all else follows from the settings
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
             self.progress, self.history = Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:
@@ -202,7 +204,8 @@ def train(given: dict) -> None:
         run.open(out_dir)
         if state:
             say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
-        fit(run)
+        with closing(run.logger):  # the progress bar must end before an error is printed
+            fit(run)
 
 
 def describe(given: dict) -> None:
@@ -255,7 +258,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
         lr = learning_rate(total_step, cfg.num_epochs * num_steps, cfg)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        with memory_of_step(epoch, step, micro_batches, run.logger.close):
+        with memory_of_step(epoch, step, micro_batches):
             loss_sum = accumulate_gradients(run, micro_batches, num_targets)
         # Returns the norm before clipping; with a maximum of infinity it only measures.
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
@@ -304,7 +307,6 @@ def accumulate_gradients(run: Run, micro_batches: list[dict[str, Tensor]], num_t
 def refuse_non_finite(run: Run, epoch: int, step: int, loss_sum: float) -> None:
     """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights."""
     bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
-    run.logger.close()
     what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
     raise UserError(
         f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+LONGEST = 600  # characters of a message; a remedy often stands at its end
+
 
 class UserError(Exception):
     """Bad input, shown as one line that names it and the remedy, without a traceback (run/dist.py)."""
@@ -55,7 +57,13 @@ def print_error(error: Exception) -> None:
         with suppress(OSError, ValueError):  # ValueError: it is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     with suppress(OSError):
-        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line of at most LONGEST characters: names and values may be of any length."""
+    line = printable(" ".join(text.splitlines())).replace("\t", "\\t")
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from argparse import ArgumentError
 from argparse import ArgumentParser as ArgumentParserOfPython
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -89,10 +90,18 @@ def parse(argv: list[str], where: str) -> dict:
     with_help = not {"-h", "--help"}.isdisjoint(argv)
     try:
         given = vars(build_parser(with_help).parse_args(argv, defaults=False))
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}{explain(str(error))}") from None
     given.pop("config", None)
+    refuse_null(given, where)
     return given
+
+
+def refuse_null(given: dict, where: str = "") -> None:
+    """Raises UserError where a setting that needs a value has none: the parser takes null for any type."""
+    for name, value in given.items():
+        if value is None and type(None) not in get_args(FIELDS[name].type):
+            raise UserError(f"{where}--{name} is null, but needs a value: leave it out for the default")
 
 
 def parse_settings(values: dict) -> dict:
@@ -102,9 +111,11 @@ def parse_settings(values: dict) -> dict:
     if unknown:
         raise UserError(f"there is no setting {unknown[0]!r:.60}")
     try:
-        return vars(build_parser().parse_object(values, defaults=False))
-    except (ArgumentError, TypeError, ValueError) as error:
+        given = vars(build_parser().parse_object(values, defaults=False))
+    except (ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(explain(str(error))) from None
+    refuse_null(given)
+    return given
 
 
 def explain(text: str) -> str:

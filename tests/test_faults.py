@@ -28,7 +28,7 @@ from reclm.data import download
 from reclm.data.cache import cache_root, read_cache
 from reclm.data.prepare import prepare
 from reclm.data.sources import find_dataset
-from reclm.errors import UserError, printable
+from reclm.errors import LONGEST, UserError, one_line, printable
 from reclm.flags import parse_args
 from reclm.run import lock
 from reclm.run.lock import FolderLock
@@ -311,10 +311,15 @@ def changed(state, *path_and_value):
     return state
 
 
+def with_ema(state):
+    return changed(state, "config", "ema", 0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda s: changed(s, "config", "dim", "wide"), "--dim"),
+        (lambda s: changed(s, "config", "window", None), "--window is null"),
         (lambda s: changed(s, "config", "evil", 1), "no setting 'evil'"),
         (lambda s: changed(s, "config", "n_layers", -3), "--n_layers"),
         (lambda s: changed(s, "config", []), "config is of type list"),
@@ -326,14 +331,26 @@ def changed(state, *path_and_value):
         (lambda s: changed(s, "history", 7), "history is of type int"),
         (lambda s: changed(s, "model", "norm.weight", 3), "model['norm.weight']"),
         (lambda s: changed(s, "model", "norm.weight", torch.zeros(3)), "does not fit this architecture"),
+        (
+            lambda s: changed(s, "trained", {"norm.weight": torch.zeros(3)}) and with_ema(s),
+            "does not fit this",
+        ),
+        (lambda s: changed(s, "version", torch.zeros(3)), "another version"),
+        (lambda s: changed(s, "config", "utc_offset", 10**400), "config: int too large"),
         (lambda s: changed(s, "evil", 1), "unknown entry 'evil'"),
         (lambda s: changed(s, "dataset", 5), "dataset is of type int"),
         (lambda s: changed(s, "optimizer", {}), "other groups of weights"),
         (lambda s: changed(s, "optimizer", "param_groups", 1), "other groups of weights"),
         (
             lambda s: changed(s, "optimizer", "state", 0, "exp_avg", torch.zeros(1, 2)),
-            "another shape of 'exp_avg'",
+            "another type or shape of 'exp_avg'",
         ),
+        (
+            lambda s: changed(s, "optimizer", "state", 0, "step", torch.ones(1).to_sparse()),
+            "type or shape of 'step'",
+        ),
+        (lambda s: changed(s, "optimizer", "state", 1, "step", 3), "type or shape of 'step'"),
+        (lambda s: s["optimizer"]["state"][1].pop("step") and s, "other values of weight 1"),
         (lambda s: changed(s, "optimizer", "state", 99, {}), "a state of weight 99"),
         (lambda s: changed(s, "dataset", "a\x1b[2Jb") and changed(s, "fingerprint", "x"), r"a\x1b[2Jb"),
     ],
@@ -346,6 +363,35 @@ def test_a_checkpoint_is_data_from_a_stranger(work, change, named):
     shown = here(*SHORT, "--resume=auto", "--out_dir=run", cwd=work) if "num_epochs" in shown.text else shown
     assert_refused(shown, named)
     assert snapshot(work) == before and "\x1b" not in shown.text
+
+
+def test_an_error_is_not_glued_to_the_progress_bar(work):
+    """The average of the weights is damaged, which only the evaluation reads."""
+    first = work / "run" / "epoch_0.pth"
+    state = with_ema(read_state(first)) | {"trained": read_state(first)["model"]}
+    state["model"]["norm.weight"][:] = torch.nan
+    torch.save(state, work / "damaged.pth")
+    shown = here("--resume=damaged.pth", "--out_dir=new", cwd=work)
+    assert_refused(shown, "non-finite scores")
+    assert shown.stderr.splitlines()[-1] == shown.errors[0]
+
+
+def test_the_optimizer_is_set_by_the_settings_and_not_by_the_checkpoint(work):
+    state = read_state(work / "run" / "epoch_0.pth")
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"betas": None, "maximize": True}
+    torch.save(state, work / "foreign.pth")
+    for path in ("foreign.pth", "run/epoch_0.pth"):
+        here(f"--resume={path}", f"--out_dir={Path(path).stem}", cwd=work).ok()
+    assert read_rows(work / "foreign") == read_rows(work / "epoch_0") == read_rows(work / "run")
+
+
+def test_a_finished_run_cannot_go_on_elsewhere(work):
+    """Its best epoch is not there, so there would be nothing to test at the end."""
+    before = snapshot(work)
+    shown = here("--resume=run/last.pth", "--out_dir=new", cwd=work)
+    assert_refused(shown, "has all its 2 epochs", "new/best.pth is missing", "--eval_only=true")
+    assert snapshot(work) == before
 
 
 # ---------------------------------------------------------------- sizes
@@ -635,3 +681,9 @@ def test_unicode_ids_in_the_c_locale(tmp_path):
     (tmp_path / "ü.csv").write_text(text)
     shown = python("--dataset=ü.csv", *TINY, "--num_epochs=1", "--out_dir=run", cwd=tmp_path, env=C_LOCALE)
     assert "\\u" in shown.ok().stdout  # what ASCII cannot show is escaped
+
+
+def test_a_message_is_one_line_that_keeps_its_end():
+    assert one_line("a\nb\tc\x1b") == "a b\\tc\\x1b"
+    line = one_line(f"--lr={'x' * 5000}: choose a smaller one")
+    assert len(line) == LONGEST and line.startswith("--lr=xx") and line.endswith(": choose a smaller one")

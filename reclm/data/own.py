@@ -182,6 +182,8 @@ def read_side_table(file: Path, column: str) -> pd.DataFrame:
             rest.remove(found)
     chosen |= {name.partition(":")[0]: name for name in rest}
     table, place, _ = opened.read(chosen, False)
+    if pa.types.is_nested(table[column].type):
+        raise UserError(f"{place(0)}: {column} is a list or an object, expected an id")
     ids = to_ids(table[column])
     if (ids.codes < 0).any():
         raise UserError(f"{place(int((ids.codes < 0).argmax()))}: {column} is missing, expected an id")

@@ -145,9 +145,10 @@ def load_checkpoint(path: Path) -> dict:
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: choose another file")
-    if state.get("version") in (4, 5) and isinstance(state["config"], dict):
+    known = isinstance(state.get("version"), int)  # a tensor cannot be compared
+    if known and state["version"] in (4, 5) and isinstance(state["config"], dict):
         upgrade(state, path)
-    if state.get("version") != VERSION:
+    if not known or state["version"] != VERSION:
         raise UserError(
             f"{path} was written by another version of this program: use that version or train again"
         )

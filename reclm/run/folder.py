@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from reclm.config import SECTIONS, Config, fixed_names
+from reclm.config import FIELDS, SECTIONS, Config, fixed_names
 from reclm.errors import UserError
 from reclm.run import dist
 from reclm.run.checkpoint import epoch_files, load_checkpoint
@@ -61,13 +61,13 @@ def find_resume(given: dict) -> tuple[dict | None, Path | None]:
     if resume != "auto":
         if not Path(resume).is_file():
             raise UserError(f"--resume={resume}: no such file; use --resume=auto or the path of a .pth file")
-        return load_checkpoint(Path(resume)), Path(resume)
+        return continued(Path(resume), given)
     folder = settle(Path(given.get("out_dir") or LATEST))
     if not folder.is_dir():
         return None, None  # nothing to resume: the same command can start and restart a run
     last = folder / "last.pth"
     if last.is_file():
-        return load_checkpoint(last), last
+        return continued(last, given)
     others = [path.name for path in (last, folder / "best.pth", *epoch_files(folder)) if path.exists()]
     if others:
         raise UserError(
@@ -75,6 +75,19 @@ def find_resume(given: dict) -> tuple[dict | None, Path | None]:
             f"checkpoint with --resume={folder / others[-1]}, or choose another --out_dir"
         )
     return None, folder
+
+
+def continued(path: Path, given: dict) -> tuple[dict, Path]:
+    """(state, path). Raises UserError for the last epoch of a run whose best one is not in the run folder."""
+    state = load_checkpoint(path)
+    epochs = (state["config"] | given).get("num_epochs", FIELDS["num_epochs"].default)
+    best = Path(given.get("out_dir") or path.parent) / "best.pth"
+    if state["progress"].get("epoch", 0) >= epochs and not best.is_file():
+        raise UserError(
+            f"--resume: {path} has all its {epochs} epochs, and {best} is missing: evaluate it with "
+            f"--eval_only=true --ckpt_name={path}"
+        )
+    return state, path
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import ctypes
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from reclm.config import Config
@@ -53,17 +53,14 @@ def check_memory(cfg: Config, vocabulary: Vocabulary) -> None:
 
 
 @contextmanager
-def memory_of_step(
-    epoch: int, step: int, micro_batches: list[dict], clean_up: Callable = lambda: None
-) -> Iterator[None]:
+def memory_of_step(epoch: int, step: int, micro_batches: list[dict]) -> Iterator[None]:
     """Turn the errors of torch for a lack of memory into a UserError that names the step, its size and the
-    settings to lower, after `clean_up()`."""
+    settings to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        clean_up()
         size = " x ".join(map(str, next(iter(micro_batches))["item_ids"].shape))
         raise LocalError(
             f"out of memory at epoch {epoch}, step {step}, micro-batches of {size} actions: use a smaller "

@@ -57,9 +57,12 @@ def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, path: Path) -
     for index, values in state.items():
         good = isinstance(index, int) and 0 <= index < len(weights) and isinstance(values, dict)
         check(path, good, f"the optimizer has a state of weight {index!r:.60}")
+        same = values.keys() == next(iter(state.values())).keys()
+        check(path, same, f"the optimizer has other values of weight {index} than of the others")
         for name, value in values.items():
-            fits = isinstance(value, Tensor) and (value.shape == weights[index].shape or value.numel() == 1)
-            check(path, fits or is_number(value), f"the optimizer has another shape of {name!r:.60}")
+            good = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+            good = good and (value.shape == weights[index].shape or value.numel() == 1)
+            check(path, good, f"the optimizer has another type or shape of {name!r:.60}")
 
 
 def groups_of(saved: dict) -> list[dict]:
