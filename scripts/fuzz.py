@@ -24,6 +24,7 @@ import hypothesis
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from fuzz_cases import BASES, COLUMNS, SMALL, STATES, Case, cases, start

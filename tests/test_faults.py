@@ -604,9 +604,11 @@ def test_control_characters_are_shown_and_not_obeyed():
 
 # ---------------------------------------------------------------- streams and interpreters
 
-PROGRAMS = [MAIN, *sorted((MAIN.parent / "scripts").glob("*.py"))]
+SCRIPTS = sorted((MAIN.parent / "scripts").glob("*.py"))
+PROGRAMS = [MAIN, *(path for path in SCRIPTS if "__main__" in path.read_text())]
 
 
+RESULTS = MAIN.parent / "scripts" / "results.py"
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
 
 
@@ -620,7 +622,7 @@ def test_isolated_in_the_c_locale(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("program", "flag"), [(MAIN, "--none=é"), (PROGRAMS[-1], "--none=é"), (PROGRAMS[-1], "--help")]
+    ("program", "flag"), [(MAIN, "--none=é"), (RESULTS, "--none=é"), (RESULTS, "--help")]
 )
 def test_flags_and_help_end_in_one_line(program, flag):
     """A flag that does not exist, and help that cannot be written (argparse hides that of main.py)."""
