@@ -154,7 +154,7 @@ def test_what_cannot_have_grown_is_refused(trained):
         ("changed.csv", [*rows[:-1], "u0,i1,5,7\n"], ["437 rows, in training 437"]),
         (
             "other.csv",
-            [row.replace("i1", "k1") for row in rows] * 2,
+            [row.replace("i1", "k1") for row in [*rows, *rows[1:]]],
             ["11 of the 25 items of the", "missing"],
         ),
         (
@@ -267,7 +267,8 @@ def test_impressions_may_grow_by_time(days):
     later = [(f"u{i}", "i3", 1 + i % 5, 86400 * (113 + i)) for i in range(9)]
     _, dataset, _ = opened(days, grown(days, "later.csv", *later, *new, old="days.csv"), "ctr_time")
     assert (dataset.splits == 2).sum() > 0 and dataset.timestamps[dataset.splits > 0].min() > 86400 * 111
-    older = grown(days, "older.csv", *[(f"u{i}", "i3", 1, 86400 * i) for i in range(9)], old="days.csv")
+    early = [(f"u{i}", "i3", 1 + i % 5, 86400 * (88 + i)) for i in range(9)]
+    older = grown(days, "older.csv", *early, old="days.csv")
     refused = here("--eval_only", "--ckpt_name=ctr_time/best.pth", older, cwd=days)
     assert_refused(refused, "the training part of older ends earlier than in training")
     refused = here("--eval_only", "--ckpt_name=ctr_random/best.pth", "--dataset=later.csv", cwd=days)
@@ -287,6 +288,7 @@ def trained_on(dataset, **changed):
 def test_impressions_keep_the_known_part_of_their_history(seed, history):
     table = impressions_table(seed)
     whole = make_impressions(table, ctr_split="own", ctr_history=history)
+    whole.profiles = np.zeros((whole.num_users, 0), np.int64)
     items = np.random.default_rng(seed).permutation(whole.items)[:12]  # in an order of their own
     cfg = build_config({"task": "ctr", "ctr_split": "own"})
     vocabulary = replace(whole.vocabulary, num_items=12)
@@ -394,6 +396,7 @@ def test_items_may_be_gone_but_not_all(trained):
 def test_tables_of_codes_are_copied_only_where_they_mean_the_same(shop):
     cwd, users, items = shop
     flags = ("--item_features=genres", "--profile_tokens", "--action_embedding")
+    items.to_csv(cwd / "shop2.items.csv", index=False)
     train(cwd, "codes", "--dataset=shop.csv", *flags, "--num_epochs=2")
     shown = go_on(cwd, "codes_same", "--dataset=shop2.csv", *flags, start="codes")
     assert "numbered anew" not in shown and "new: none; 1 new items" in shown
@@ -443,7 +446,7 @@ def test_a_start_does_not_know_held_out_rows(days):
         ("random", grown(days, "rows.csv", ("u0", "i3", 1, 86400 * 103), old="days.csv"), "draws anew"),
         (
             "time",
-            grown(days, "olds.csv", ("u0", "i3", 1, 0), old="days.csv"),
+            grown(days, "olds.csv", ("u0", "i3", 1, 86400 * 88), old="days.csv"),
             "ends earlier than in training",
         ),
     ):
