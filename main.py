@@ -40,7 +40,7 @@ from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
-from reclm.run import checkpoint, dist, folder, report
+from reclm.run import checkpoint, dist, folder, init_from, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim import OPTIMIZERS, build_optimizer, choose_warmup, learning_rate, update_average
@@ -72,7 +72,7 @@ def evaluate_checkpoint(given: dict) -> None:
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
         say(report.format_metrics(f"{split.upper()} of {path}", result[split], cfg))
-    target = dist.on_main(lambda: folder.evaluation_file(out_dir, path, cfg))
+    target = dist.on_main(lambda: folder.evaluation_file(out_dir, path, result))
     write_json(target, result)
     say(f"written to {target}")
 
@@ -143,7 +143,7 @@ class Run:
         if state:
             checkpoint.restore_model(model, state, path, dataset)
         elif cfg.train.init_from:
-            checkpoint.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+            init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
             trained = state.get("trained", state["model"])

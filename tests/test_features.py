@@ -36,12 +36,12 @@ USERS = pd.DataFrame(
 
 
 def test_profile_codes():
-    codes = profile_codes(USERS, np.array([5, 1, 2, 3, 4]))  # 3 has no row
+    codes, meanings = profile_codes(USERS, np.array([5, 1, 2, 3, 4]))  # 3 has no row
     gender, age, region = codes.T
     assert gender.tolist() == [0, 2, 1, 0, 2]  # F, M; "" is unknown
     assert age.tolist() == [3, 1, 2, 0, 4]  # bands that occur: below 18, 18 to 24, 25 to 34, from 56 on
     assert region.tolist() == [2, 1, 3, 0, 1]  # 4, 9, T
-    assert profile_codes(None, np.arange(3)).shape == (3, 0)
+    assert profile_codes(None, np.arange(3))[0].shape == (3, 0)
 
 
 ITEMS = pd.DataFrame(

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
+
+from reclm.data.impressions import SPLITS
 
 
 def no_numbers() -> np.ndarray:
@@ -22,6 +25,7 @@ class Vocabulary:
     code_sizes: dict[str, int] = field(default_factory=dict)  # largest code per array of Dataset.codes
     features: dict[str, np.ndarray] = field(default_factory=dict)  # one row per item, as in Dataset
     cold_items: np.ndarray = field(default_factory=no_numbers)  # items held out of training
+    meanings: dict[str, str] = field(default_factory=dict)  # per code: hash of the values that it stands for
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Dataset:
     cold_items: np.ndarray = field(default_factory=no_numbers)  # sorted; held out of training
     profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (U, P) codes
     words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
+    num_rows: int = 0  # read, before a task or setting leaves some out
+    meanings: dict[str, str] = field(default_factory=dict)  # per column: features.meaning of its values
     # Impressions only (--task=ctr, see reclm/data/impressions.py): each (rows,), otherwise empty.
     labels: np.ndarray = field(default_factory=no_numbers)  # 0 or 1
     splits: np.ndarray = field(default_factory=no_numbers)  # values of impressions.SPLITS
@@ -76,12 +82,24 @@ class Dataset:
             code_sizes={name: int(codes.max(initial=0)) for name, codes in self.codes.items()},
             features=self.features,
             cold_items=self.cold_items,
+            meanings=self.meanings,
         )
 
     @property
     def ids(self) -> str:
         """Hash of the original ids, 16 hex digits: datasets that share it number users and items alike."""
         return hashlib.sha256("\n".join(map(str, [*self.items, *self.users])).encode()).hexdigest()[:16]
+
+    @cached_property
+    def user_keys(self) -> np.ndarray:
+        """(U,) int64: a hash of each user's id, as which a checkpoint knows them."""
+        return pd.util.hash_array(self.users.astype(str).astype(object)).view(np.int64)
+
+    @property
+    def last_time(self) -> float | None:
+        """Seconds since 1970 of the latest row, of impressions the latest training row; None if untimed."""
+        times = self.timestamps[self.splits == SPLITS["train"]] if len(self.splits) else self.timestamps
+        return float(times.max()) if len(times) else None
 
     @property
     def lengths(self) -> np.ndarray:

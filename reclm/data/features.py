@@ -25,11 +25,12 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     """The dataset with the optional inputs of this run attached (profiles, item features, feedback codes)
     and negative feedback marked. The fingerprint is extended by a hash of these inputs. Raises UserError if
     the data lack an input that `cfg` requests; later code relies on this check."""
-    chosen, codes, read = {}, {}, []
+    chosen, codes, meanings, read = {}, {}, {}, []
     notes = [*dataset.notes, *check_times(dataset, cfg)]
     if cfg.model.profile_tokens:
         if not dataset.profiles.shape[1]:
             raise UserError(f"--profile_tokens needs a user table, but {dataset.name} has none: leave it out")
+        meanings |= {name: code for name, code in dataset.meanings.items() if name != "contexts"}
         chosen["profile_sizes"] = tuple(int(size) for size in dataset.profiles.max(0) + 1)
         read.append(dataset.profiles)
         notes += note_unknown(dataset.profiles, "users", "row in the user table")
@@ -40,9 +41,11 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
             notes += note_unknown(rows, "items", f"known {name}")
     if cfg.model.action_embedding:
         codes[FEEDBACK] = feedback_codes(dataset)
+        meanings[FEEDBACK] = meaning(dataset.ratings) if len(dataset.ratings) else "label"
         read.append(codes[FEEDBACK])
     if len(dataset.contexts):
         codes["contexts"] = dataset.contexts
+        meanings |= {name: code for name, code in dataset.meanings.items() if name == "contexts"}
     if cfg.loss.negative_below is not None:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
         share = chosen["negative"].mean()
@@ -50,7 +53,8 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     fingerprint = dataset.fingerprint
     if read:
         fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in read)).hexdigest()[:8]
-    return replace(dataset, notes=notes, fingerprint=fingerprint, codes=codes, **chosen)
+    chosen |= {"codes": codes, "meanings": meanings}
+    return replace(dataset, notes=notes, fingerprint=fingerprint, **chosen)
 
 
 def check_times(dataset: Dataset, cfg: Config) -> list[str]:
@@ -85,19 +89,29 @@ def ratings_for(flag: str, dataset: Dataset) -> np.ndarray:
     return dataset.ratings
 
 
-def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> np.ndarray:
-    """(U, P) int64: one code per user and column of the user table, P = 0 without a table. Ages are grouped
-    by AGE_BANDS, zip codes by their first character (the region). Users without a row are 0 throughout."""
+def meaning(values: np.ndarray | pd.Series) -> str:
+    """A hash of the distinct values, 8 hex digits: codes mean the same where they number the same values."""
+    return hashlib.sha256("\n".join(map(str, np.unique(values))).encode()).hexdigest()[:8]
+
+
+def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    """((U, P) int64: one code per user and column of the user table, P = 0 without a table; {column:
+    `meaning`}). Ages are grouped by AGE_BANDS, zip codes by their first character (the region). Users without
+    a row are 0 throughout."""
     if table is None:
-        return np.zeros((len(users), 0), dtype=np.int64)
+        return np.zeros((len(users), 0), dtype=np.int64), {}
     rows = table.drop_duplicates("user").set_index("user").reindex(users)
     if "age" in rows:
         ages = pd.to_numeric(rows["age"], errors="coerce")
         rows["age"] = pd.Series(np.digitize(ages, AGE_BANDS), rows.index).where(ages.notna())
     if "zip" in rows:
         rows["zip"] = rows["zip"].str[:1]
-    codes = [pd.factorize(rows[name].replace("", None), sort=True)[0] + 1 for name in rows]
-    return np.stack(codes, axis=1).astype(np.int64)
+    codes, meanings = [], {}
+    for name in rows:
+        numbers, values = pd.factorize(rows[name].replace("", None), sort=True)
+        codes.append(numbers + 1)
+        meanings[f"column {name} of the user table"] = meaning(values)
+    return np.stack(codes, axis=1).astype(np.int64), meanings
 
 
 def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:

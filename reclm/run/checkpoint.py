@@ -6,6 +6,7 @@ only (weights_only=True), so that a file cannot run code.
     trained, optimizer          the weights to train on, where --ema makes them differ; the optimizer's state
     progress, history           main.Progress; the log rows of all epochs
     dataset, protocol, fingerprint, ids      the data that it fits
+    num_rows, user_keys, user_rows, last_time   how to tell whether these have grown (reclm/data/grown.py)
     vocabulary, items, titles, genre_names   what inference needs of the data (`about_data`)
 
 There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
@@ -22,11 +23,10 @@ import torch
 
 from reclm.config import FIELDS, Config, fixed_names
 from reclm.data.dataset import Dataset, Vocabulary
-from reclm.data.grown import align, check_same_codes, find_ids, has_grown
+from reclm.data.grown import Trained, align, check_same_codes, why_other_data
 from reclm.data.sources import FINDERS
 from reclm.errors import UserError, first_line
 from reclm.run import dist
-from reclm.run.logger import say
 from reclm.run.validate import check_state
 
 VERSION = 6  # raise it when the same file would mean another model, and extend `upgrade`
@@ -34,6 +34,7 @@ NO_LONGER = {  # settings of version 4 that were removed, and the values that ar
     "scores": "dot", "random_windows": 0.0, "attention_norm": "length", "norm_eps": 1e-6, "time_weight": 0.1,
     "gbce_t": 0.75, "split_seed": 0, "unordered_ok": False,
 }  # fmt: skip
+USERS = "user_embedding.weight"  # with --user_embedding=explicit
 RENAMED = {  # prefixes of weight names in version 4
     "click_head.": "head.",
     "inputs.action_embedding.": "inputs.code_embeddings.actions.",
@@ -108,13 +109,15 @@ def about_data(dataset: Dataset) -> dict:
         "cold_items": plain(dataset.cold_items),
         "features": {name: plain(rows) for name, rows in dataset.features.items()},
     }
-    names = ("items", "titles", "genre_names")
-    return {
+    names = ("items", "titles", "genre_names", "user_keys")
+    timed = {} if dataset.last_time is None else {"last_time": dataset.last_time}
+    return timed | {
         "dataset": dataset.name,
         "protocol": dataset.protocol,
         "fingerprint": dataset.fingerprint,
         "ids": dataset.ids,
-        "num_rows": len(dataset.item_ids),
+        "num_rows": dataset.num_rows,
+        "user_rows": plain(dataset.lengths.astype(np.int32)),
         "vocabulary": vocabulary,
         **{name: plain(getattr(dataset, name)) for name in names},
     }
@@ -216,92 +219,51 @@ def may_have_moved(name: str, ours: str | None, theirs: str | None) -> bool:
     return False
 
 
+def read_trained(state: dict) -> Trained | None:
+    """What a checkpoint tells about the data of its training; None where it does not name the items."""
+    if not {"items", "vocabulary", "protocol"} <= state.keys():
+        return None
+    return Trained(
+        items=np.asarray(state["items"]),
+        vocabulary=read_vocabulary(state),
+        protocol=state["protocol"],
+        num_rows=state.get("num_rows"),
+        user_keys=state["user_keys"].numpy() if "user_keys" in state else None,
+        user_rows=state["user_rows"].numpy() if "user_rows" in state else None,
+        last_time=state.get("last_time"),
+    )
+
+
 def known_part(dataset: Dataset, state: dict | None, cfg: Config) -> Dataset:
     """The dataset, or where a file of the user has grown since training, what the model of a checkpoint knows
-    of it. Raises UserError where that cannot be told (reclm/data/grown.py)."""
-    if state is None or cfg.data.dataset in FINDERS or not {"items", "vocabulary"} <= state.keys():
+    of it. Raises UserError where test rows may have been training rows (reclm/data/grown.py)."""
+    if state is None or dataset.fingerprint == state["fingerprint"].partition("-")[0]:
         return dataset
-    if dataset.fingerprint == state["fingerprint"].partition("-")[0]:
-        return dataset
-    items = np.asarray(state["items"])
-    if not has_grown(dataset, items, state.get("num_rows")):
-        return dataset
-    return align(dataset, items, read_vocabulary(state))
+    then = read_trained(state)
+    if cfg.data.dataset in FINDERS or then is None or why_other_data(dataset, then, USERS in state["model"]):
+        return dataset  # refused by restore_model
+    return align(dataset, then, cfg)
 
 
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
     """Load the weights to evaluate. Raises UserError if they belong to other data or another architecture."""
     if dataset.grown:
-        check_same_codes(dataset, read_vocabulary(state), "user_embedding.weight" in state["model"])
+        check_same_codes(dataset, read_vocabulary(state))
     elif state["fingerprint"] != dataset.fingerprint:
+        then = read_trained(state)
+        why = then and why_other_data(dataset, then, USERS in state["model"])
+        why = f" ({why})" if why else ""
         raise UserError(
             f"{path} was trained on {state['dataset']} with fingerprint {state['fingerprint']}, but the "
-            f"data here is {dataset.name} with fingerprint {dataset.fingerprint}: "
-            f"use the same --dataset, --data_dir and --item_features, or train on with --init_from={path}"
+            f"data here is {dataset.name} with fingerprint {dataset.fingerprint}{why}: "
+            "use the same --dataset, --data_dir and --item_features, or where the data have grown, a new run "
+            f"with --init_from={path}"
         )
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit this architecture, choose another: {reason}") from None
-
-
-def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config) -> None:
-    """--init_from: copy the weights whose name and shape agree with the model's; the others keep their
-    initial values. Raises UserError if users or items are numbered differently or --dim differs, and if the
-    checkpoint may have been trained on this run's test data."""
-    if not path.is_file():
-        raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
-    state = load_checkpoint(path)
-    ours = cfg.flat()
-    for name in fixed_names(ours, "leak"):
-        theirs = state["config"].get(name, FIELDS[name].default)
-        if theirs != ours[name]:
-            raise UserError(
-                f"--init_from={path} was trained with {name}={theirs}, this run has "
-                f"{name}={ours[name]}: it may have seen this run's test data; use the same data settings "
-                "for both"
-            )
-    weights, saved, said = model.state_dict(), dict(state["model"]), ""
-    if saved["item_embedding.weight"].shape[1:] != weights["item_embedding.weight"].shape[1:]:
-        raise UserError(f"--init_from={path} was trained with another --dim than {ours['dim']}: use the same")
-    if state.get("ids") != dataset.ids:
-        if cfg.data.dataset in FINDERS or "items" not in state or cfg.data.ctr_split == "random":
-            raise UserError(
-                f"--init_from={path} was trained on other users or items: train it on the same data"
-            )
-        said = match_items(saved, weights, state, dataset)
-        if not said:
-            raise UserError(f"--init_from={path} was trained on other items: none is in {dataset.name}")
-    shared = {
-        name: value for name, value in saved.items() if name in weights and value.shape == weights[name].shape
-    }
-    model.load_state_dict(shared, strict=False)
-    fresh = sorted({name.split(".")[0] for name in weights.keys() - shared.keys()})
-    new = ", ".join(fresh) or "none"
-    say(f"started from {path}: {len(shared)} of {len(weights)} tensors; new: {new}{said}")
-
-
-def match_items(saved: dict, weights: dict, state: dict, dataset: Dataset) -> str:
-    """Number the rows of `saved` item embeddings as `dataset` does, in place; new items get their initial
-    rows. Weights that belong to numbers of the old data are dropped. Returns what to say, "" if no item is
-    shared."""
-    place = find_ids(np.asarray(state["items"]), dataset.items)
-    there = place >= 0
-    if not there.any():
-        return ""
-    table = weights["item_embedding.weight"].clone()
-    table[1:][torch.from_numpy(there)] = saved["item_embedding.weight"][1 + torch.from_numpy(place[there])]
-    saved["item_embedding.weight"] = table
-    saved.pop("user_embedding.weight", None)  # users are known by number only
-    known = read_vocabulary(state).features
-    for i, (name, rows) in enumerate(dataset.features.items()):
-        old = known.get(name, rows[:0])
-        same = old.shape[1:] == rows.shape[1:] and len(old) and (rows[there] == old[place[there]]).all()
-        if rows.dtype.kind == "i" and not same:  # words have other numbers
-            saved.pop(f"content.projections.{i}.weight", None)
-    new, gone = (~there).sum(), len(state["items"]) - there.sum()
-    return f"; {new:,} new items start untrained, {gone:,} items of the checkpoint are not in the data"
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:

@@ -181,8 +181,9 @@ def point_latest(folder: Path) -> None:
     os.replace(work, LATEST)  # atomic: runs/latest exists at every moment
 
 
-def evaluation_file(folder: Path, ckpt: Path, cfg: Config) -> Path:
-    """eval-<checkpoint>.json, with a number behind where that holds an evaluation with other settings."""
+def evaluation_file(folder: Path, ckpt: Path, result: dict) -> Path:
+    """eval-<checkpoint>.json, with a number behind where that holds an evaluation with other settings or of
+    other data, such as the file before it grew."""
     for number in range(1, 1000):
         path = folder / f"eval-{ckpt.stem}{f'-{number}' if number > 1 else ''}.json"
         try:
@@ -191,8 +192,8 @@ def evaluation_file(folder: Path, ckpt: Path, cfg: Config) -> Path:
             return path
         except (OSError, ValueError):
             continue  # not ours: it stays
-        same = isinstance(found, dict) and found.get("config") == cfg.flat()
-        if same and found.get("checkpoint") == str(ckpt):
+        ours = {name: result[name] for name in ("config", "checkpoint", "fingerprint")}
+        if isinstance(found, dict) and ours == {name: found.get(name, ours[name]) for name in ours}:
             return path
     raise UserError(f"{folder} has 999 evaluations of {ckpt.name}: delete some, or give an --out_dir")
 

@@ -54,6 +54,7 @@ def describe_run(cfg: Config, dataset: Dataset) -> dict:
     return {
         "dataset": dataset.name,
         "protocol": dataset.protocol,
+        "fingerprint": dataset.fingerprint,
         "notes": dataset.notes,
         "task": cfg.model.task,
         "num_items": dataset.num_items,

@@ -13,6 +13,7 @@ from reclm.flags import parse_settings
 TYPES = {  # of the entries of a checkpoint
     "version": int, "model": dict, "trained": dict, "optimizer": dict, "progress": dict, "history": list,
     "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "num_rows": int,
+    "user_keys": Tensor, "user_rows": Tensor, "last_time": float,
     "vocabulary": dict, "items": (list, Tensor), "titles": list, "genre_names": list,
 }  # fmt: skip
 PROGRESS = {  # of main.Progress: type and least value
@@ -26,6 +27,7 @@ def check_state(state: dict, path: Path) -> None:
     for name, value in state.items():
         check(path, name in TYPES, f"it has an unknown entry {name!r:.60}")
         check(path, isinstance(value, TYPES[name]), f"{name} is of type {type(value).__name__}")
+    check_lengths(state, path)
     for name in {"model", "trained"} & state.keys():
         for key, weight in state[name].items():
             good = isinstance(key, str) and isinstance(weight, Tensor) and weight.layout == torch.strided
@@ -43,6 +45,22 @@ def check_state(state: dict, path: Path) -> None:
         parse_settings(state["config"])
     except UserError as error:
         check(path, False, f"config: {error}")
+
+
+def check_lengths(state: dict, path: Path) -> None:
+    """Check that ids and item features have one row per item or user. Raises UserError."""
+    if "vocabulary" not in state:
+        return
+    known, items = state["vocabulary"], state.get("items", [])
+    good = items.dim() == 1 if isinstance(items, Tensor) else all(isinstance(item, str) for item in items)
+    check(path, good and len(items) == known.get("num_items"), "items and vocabulary disagree")
+    for name in {"user_keys", "user_rows"} & state.keys():
+        good = state[name].shape == (known.get("num_users"),) and not state[name].is_floating_point()
+        check(path, good, f"{name} and vocabulary disagree")
+    features = known.get("features")
+    good = isinstance(features, dict) and all(isinstance(rows, Tensor) for rows in features.values())
+    good = good and all(rows.dim() == 2 and len(rows) == len(items) for rows in features.values())
+    check(path, good, "item features and vocabulary disagree")
 
 
 def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, path: Path) -> None:

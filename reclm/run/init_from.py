@@ -1,0 +1,131 @@
+"""--init_from: a new run that starts from the weights of a checkpoint, also one that was trained when the
+user's file had fewer rows, users or items."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reclm.config import FIELDS, Config, fixed_names
+from reclm.data.dataset import Dataset
+from reclm.data.grown import NAMES, Trained, check_splits, may_have_trained, other_codes, places
+from reclm.data.sources import FINDERS
+from reclm.errors import UserError
+from reclm.run.checkpoint import USERS, load_checkpoint, read_trained
+from reclm.run.logger import say
+
+ITEMS = "item_embedding.weight"
+
+
+def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config) -> None:
+    """Copy the weights whose name and shape agree with the model's; the others keep their initial values.
+    Vectors of items and users are copied by id, tables of codes and words only where these mean the same.
+    Raises UserError if no item is shared or --dim differs, and if the checkpoint may have been trained on
+    this run's test data."""
+    if not path.is_file():
+        raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
+    state = load_checkpoint(path)
+    check_leak(path, state, cfg)
+    weights, saved, said = model.state_dict(), dict(state["model"]), ""
+    if saved[ITEMS].shape[1:] != weights[ITEMS].shape[1:]:
+        raise UserError(
+            f"--init_from={path} was trained with another --dim than {cfg.model.dim}: use the same"
+        )
+    then, same_ids = read_trained(state), state.get("ids") == dataset.ids
+    if not same_ids and (then is None or cfg.data.dataset in FINDERS):
+        raise UserError(f"--init_from={path} was trained on other users or items: train it on the same data")
+    if then is not None:
+        if not same_ids or then.num_rows not in (None, dataset.num_rows):
+            check_splits(dataset, then, cfg)
+            note_doubtful(path, then, dataset)
+        if not same_ids:
+            said = move_vectors(path, saved, weights, then, dataset)
+        said += drop_other_meanings(saved, then, dataset, same_ids)
+    shared = {
+        name: value for name, value in saved.items() if name in weights and value.shape == weights[name].shape
+    }
+    model.load_state_dict(shared, strict=False)
+    fresh = sorted({name.split(".")[0] for name in weights.keys() - shared.keys()})
+    new = ", ".join(fresh) or "none"
+    say(f"started from {path}: {len(shared)} of {len(weights)} tensors; new: {new}{said}")
+
+
+def check_leak(path: Path, state: dict, cfg: Config) -> None:
+    """Raises UserError where a setting differs that decides which rows are test rows."""
+    ours = cfg.flat()
+    for name in fixed_names(ours, "leak"):
+        theirs = state["config"].get(name, FIELDS[name].default)
+        if theirs != ours[name]:
+            raise UserError(
+                f"--init_from={path} was trained with {name}={theirs}, this run has "
+                f"{name}={ours[name]}: it may have seen this run's test data; use the same data settings "
+                "for both"
+            )
+
+
+def note_doubtful(path: Path, then: Trained, dataset: Dataset) -> None:
+    """Print, and note with the data, how many users' held-out rows may have been training rows."""
+    doubtful = may_have_trained(dataset, then, dataset.lengths).sum()
+    if doubtful:
+        note = f"of {doubtful:,} users, rows that are held out here may have been training rows of {path}"
+        dataset.notes.append(note)
+        say(f"NOTE: {note}")
+
+
+def move_vectors(
+    path: Path, saved: dict[str, Tensor], weights: dict[str, Tensor], then: Trained, dataset: Dataset
+) -> str:
+    """Number the vectors of items and users in `saved` as `dataset` does, in place; new ones get those of
+    `weights`. Returns what to say. Raises UserError without a shared item, and where users are unknown."""
+    tables = {ITEMS: places(dataset.items, then.items)}
+    gone = len(then.items) - (tables[ITEMS] >= 0).sum()
+    if gone == len(then.items):
+        raise UserError(f"--init_from={path} was trained on other items: none is in {dataset.name}")
+    if USERS in saved and USERS in weights:
+        if then.user_keys is None:
+            raise UserError(
+                f"--init_from={path} does not tell whose vectors those of --user_embedding=explicit are: "
+                "train it on the same data"
+            )
+        tables[USERS] = places(dataset.user_keys, then.user_keys)
+    said = ""
+    for name, place in tables.items():
+        first = int(name == ITEMS)  # item 0 is padding
+        there, moved = torch.from_numpy(place >= 0), weights[name].clone()
+        moved[first:][there] = saved[name][first:][torch.from_numpy(place)[there]].to(moved.device)
+        saved[name] = moved
+        said += f"; {(place < 0).sum():,} new {name.partition('_')[0]}s start untrained"
+    return said + f"; {gone:,} items of the checkpoint are not in the data" * bool(gone)
+
+
+def drop_other_meanings(saved: dict[str, Tensor], then: Trained, dataset: Dataset, same_ids: bool) -> str:
+    """Drop from `saved`, in place, the tables whose codes or words are numbered otherwise in `dataset`, and
+    number those of item_features as there. Returns what to say."""
+    ours, theirs = dataset.vocabulary, then.vocabulary
+    tables = {name: f"inputs.code_embeddings.{name}.weight" for name in NAMES}
+    others = other_codes(ours, theirs) if theirs.meanings or same_ids else sorted(ours.meanings)
+    others = {name: tables.get(name, "inputs.token_embedding.weight") for name in others}
+    dropped = [NAMES.get(name, name) for name, table in others.items() if table in saved]
+    for table in others.values():
+        saved.pop(table, None)
+    place = places(dataset.items, then.items)
+    there, content = place >= 0, {name: saved.pop(name) for name in [*saved] if name.startswith("content.")}
+    for i, (name, rows) in enumerate(ours.features.items()):
+        if name not in theirs.features:
+            continue
+        if rows.dtype.kind == "i" and not same_words(rows[there], theirs.features[name][place[there]]):
+            dropped.append(f"words of {name}")
+            continue
+        j = list(theirs.features).index(name)
+        for part in ("projections", "gates"):
+            if f"content.{part}.{j}.weight" in content:
+                saved[f"content.{part}.{i}.weight"] = content[f"content.{part}.{j}.weight"]
+    return f"; numbered anew, so untrained: {', '.join(dropped)}" if dropped else ""
+
+
+def same_words(one: np.ndarray, other: np.ndarray) -> bool:
+    """Are the codes (n, K) equal to the others, (n, L), but for padding?"""
+    width = max(one.shape[1], other.shape[1])
+    one, other = (np.pad(codes, ((0, 0), (0, width - codes.shape[1]))) for codes in (one, other))
+    return bool((one == other).all())
