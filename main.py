@@ -155,9 +155,7 @@ class Run:
         self.optimizer = build_optimizer(model, cfg.train)
         self.progress, self.history = Progress(), []
         if state:
-            check_optimizer(state["optimizer"], self.optimizer, path)
-            moments = {"state": state["optimizer"]["state"]}  # all else follows from the settings
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
+            self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
             self.progress, self.history = Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:

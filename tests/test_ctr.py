@@ -168,7 +168,7 @@ REFUSED = {
     "no such start": ([*CTR, "--init_from=none.pth"], ["--init_from=none.pth", "no such file"]),
     "start of another width": ([*INIT, "--dim=32"], ["--init_from=matching/best.pth", "--dim"]),
     "start that saw the test": ([*INIT, "--positive_from=3"], ["positive_from=4.0", "positive_from=3.0"]),
-    "start from other rows": ([*INIT, "--dataset=more.csv"], ["other users or items"]),
+    "start from other rows": ([*INIT, "--dataset=more.csv"], ["draws anew"]),
     "one day": ([*CTR, "--ctr_split=time"], ["validate with", "--ctr_split=time"]),
     "no ratings": ([*CTR, "--dataset=bare.csv"], ["ratings", "column label"]),
     "nothing to drop": ([*CTR, "--dataset=bare.csv", "--drop_rating=3"], ["--drop_rating"]),

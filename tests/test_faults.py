@@ -351,6 +351,7 @@ def with_ema(state):
         ),
         (lambda s: changed(s, "optimizer", "state", 1, "step", 3), "type or shape of 'step'"),
         (lambda s: s["optimizer"]["state"][1].pop("step") and s, "other values of weight 1"),
+        (lambda s: changed(s, "optimizer", "param_groups", 0, "lr", "x"), "the learning rates ['x', "),
         (lambda s: changed(s, "optimizer", "state", 99, {}), "a state of weight 99"),
         (lambda s: changed(s, "dataset", "a\x1b[2Jb") and changed(s, "fingerprint", "x"), r"a\x1b[2Jb"),
     ],

@@ -456,7 +456,7 @@ def test_a_start_does_not_know_held_out_rows(days):
 
 def test_a_resumed_run_keeps_its_data(trained):
     data = grown(trained, "resumed.csv", ("u0", "i7", 3, LATE))
-    refused = here(data, "--resume=run/last.pth", "--out_dir=elsewhere", cwd=trained)
+    refused = here(data, "--resume=run/last.pth", cwd=trained)
     assert_refused(refused, "where the data have grown, a new run with --init_from=run/last.pth")
 
 

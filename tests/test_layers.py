@@ -14,7 +14,7 @@ MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all
     "nn": {"", "data", "nn"},
     "run": {"", "data", "run"},
 }
-MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1150, 6000
+MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1150, 6200
 MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS = 60, 8
 PACKAGE = sorted((ROOT / "reclm").rglob("*.py"))
 FILES = [*(ROOT / f"{name}.py" for name in SPINE), *PACKAGE]

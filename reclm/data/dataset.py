@@ -98,7 +98,9 @@ class Dataset:
     @property
     def last_time(self) -> float | None:
         """Seconds since 1970 of the latest row, of impressions the latest training row; None if untimed."""
-        times = self.timestamps[self.splits == SPLITS["train"]] if len(self.splits) else self.timestamps
+        times = self.timestamps
+        if len(times) and len(self.splits):
+            times = times[self.splits == SPLITS["train"]]
         return float(times.max()) if len(times) else None
 
     @property
