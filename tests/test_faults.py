@@ -613,13 +613,29 @@ RESULTS = MAIN.parent / "scripts" / "results.py"
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_isolated_in_the_c_locale(program, tmp_path):
+EACH = """
+import runpy, sys
+path = list(sys.path)
+root, *programs = sys.argv[1:]
+for program in programs:  # in one process, which imports torch once, and ours each time
+    sys.path[:], sys.argv = path, [program, "--help"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, (program, stop.code)
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", "")).startswith(root):
+            del sys.modules[name]
+"""
+
+
+def test_isolated_in_the_c_locale(tmp_path):
     """python -I: neither the folder of the program nor PYTHON... variables count."""
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C"}
-    command = [sys.executable, "-I", str(program), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=90)
-    assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+    command = [sys.executable, "-I", "-c", EACH, f"{MAIN.parent}/", *map(str, PROGRAMS)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("usage: ") == len(PROGRAMS)
 
 
 @pytest.mark.parametrize(
