@@ -340,6 +340,11 @@ def with_ema(state):
         (lambda s: changed(s, "evil", 1), "unknown entry 'evil'"),
         (lambda s: changed(s, "dataset", 5), "dataset is of type int"),
         (lambda s: changed(s, "optimizer", {}), "other groups of weights"),
+        (lambda s: changed(s, "user_keys", s["user_keys"].to_sparse()), "user_keys is a sparse tensor"),
+        (
+            lambda s: changed(s, "vocabulary", "cold_items", torch.zeros(1).to_sparse()),
+            "item features and vocabulary",
+        ),
         (lambda s: changed(s, "optimizer", "param_groups", 1), "other groups of weights"),
         (
             lambda s: changed(s, "optimizer", "state", 0, "exp_avg", torch.zeros(1, 2)),

@@ -5,6 +5,8 @@ from decimal import Decimal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from reclm.data.columns import Wishes
@@ -199,6 +201,16 @@ def test_bad_parquet_row_is_named(tmp_path):
             pd.DataFrame({**good, column: [first, value]}).to_parquet(file)
             with pytest.raises(UserError, match=f"bad.parquet, row 2: {column}"):
                 read(file)
+
+
+def test_parquet_texts_that_are_not_utf8_are_one_line(tmp_path):
+    raw = pa.array([b"\xff", b"b"])
+    texts = pa.StringArray.from_buffers(2, *raw.buffers()[1:])
+    for column in (raw, texts):
+        file = tmp_path / "a.parquet"
+        pa.parquet.write_table(pa.table({"user": column, "item": ["1", "2"]}), file)
+        with pytest.raises(UserError, match="a.parquet is damaged .*UTF8"):
+            read(file)
 
 
 def test_text_ids_are_refused_where_ids_are_numbers(tmp_path):

@@ -152,8 +152,6 @@ def texts_of_ids(values: pa.Array) -> list[str | None]:
         return values.cast(pa.string()).to_pylist()
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return [str(int(x)) if x is not None and x == x // 1 else None for x in values.to_pylist()]
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        kind, values = pa.string(), values.cast(pa.string())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         return [None] * len(values)
     texts = [text and text.strip() or None for text in values.to_pylist()]

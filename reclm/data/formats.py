@@ -78,12 +78,19 @@ def open_parquet(file: Path) -> Opened:
     def read(chosen: dict[str, str], drop_bad: bool) -> tuple[pa.Table, Place, int]:
         try:
             table = pa.parquet.read_table(file, columns=list(chosen.values()), partitioning=None)
+            table = pa.table({ours: as_text(table[theirs]) for ours, theirs in chosen.items()})
+            table.validate(full=True)  # reading does not look whether texts are UTF-8
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is damaged ({first_line(error)}): write it again") from error
-        table = pa.table({ours: table[theirs] for ours, theirs in chosen.items()})
         return table, lambda row: f"{file}, row {row + 1}", 0
 
     return Opened(tuple(names), read)
+
+
+def as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bytes as text, all else as it is."""
+    is_bytes = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
+    return values.cast(pa.string()) if is_bytes else values
 
 
 # ---------------------------------------------------------------- JSON lines

@@ -27,10 +27,11 @@ def check_state(state: dict, path: Path) -> None:
     for name, value in state.items():
         check(path, name in TYPES, f"it has an unknown entry {name!r:.60}")
         check(path, isinstance(value, TYPES[name]), f"{name} is of type {type(value).__name__}")
+        check(path, not isinstance(value, Tensor) or is_plain(value), f"{name} is a sparse tensor")
     check_lengths(state, path)
     for name in {"model", "trained"} & state.keys():
         for key, weight in state[name].items():
-            good = isinstance(key, str) and isinstance(weight, Tensor) and weight.layout == torch.strided
+            good = isinstance(key, str) and is_plain(weight)
             check(path, good, f"{name}[{key!r:.60}] is of type {type(weight).__name__}")
     for name, value in state["progress"].items():
         check(path, name in PROGRESS, f"progress has an unknown entry {name!r:.60}")
@@ -58,7 +59,8 @@ def check_lengths(state: dict, path: Path) -> None:
         good = state[name].shape == (known.get("num_users"),) and not state[name].is_floating_point()
         check(path, good, f"{name} and vocabulary disagree")
     features = known.get("features")
-    good = isinstance(features, dict) and all(isinstance(rows, Tensor) for rows in features.values())
+    good = is_plain(known.get("cold_items"))
+    good = good and isinstance(features, dict) and all(is_plain(rows) for rows in features.values())
     good = good and all(rows.dim() == 2 and len(rows) == len(items) for rows in features.values())
     check(path, good, "item features and vocabulary disagree")
 
@@ -81,7 +83,7 @@ def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, path: Path) -
         same = values.keys() == next(iter(state.values())).keys()
         check(path, same, f"the optimizer has other values of weight {index} than of the others")
         for name, value in values.items():
-            good = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+            good = is_plain(value) and value.is_floating_point()
             good = good and (value.shape == weights[index].shape or value.numel() == 1)
             check(path, good, f"the optimizer has another type or shape of {name!r:.60}")
     now = optimizer.state_dict()["param_groups"]
@@ -93,6 +95,11 @@ def groups_of(saved: dict) -> list[dict]:
     groups = saved.get("param_groups")
     good = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
     return groups if good and all(isinstance(group.get("params"), list) for group in groups) else []
+
+
+def is_plain(value: Any) -> bool:
+    """Is this a tensor that is not sparse?"""
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def is_number(value: Any) -> bool:
