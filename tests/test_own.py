@@ -451,3 +451,45 @@ def test_numbers_of_json_lines_may_become_fractions(tmp_path):
         read(write(tmp_path / "a.jsonl", lines + '{"user": 2, "item": 3, "rating": "good"}\n'))
     with pytest.raises(UserError, match="line 401 is not JSON"):
         read(write(tmp_path / "a.jsonl", lines + '{"user": 2, "item": \n'))
+
+
+def test_line_separators_within_a_text_end_no_line(tmp_path):
+    lines = "".join(f'{{"user": {i}, "item": "a\u2028\x85b", "title": "c\u2029d"}}\n' for i in range(3))
+    assert read(write(tmp_path / "a.jsonl", lines)).interactions.user.tolist() == ["0", "1", "2"]
+    tabs = "u\ta b\tc, d\r\nv\te\tf\tg\n"
+    assert rows(read(write(tmp_path / "a.txt", tabs)))[:2] == [["u", "a b"], ["u", "c, d"]]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+def test_rows_of_items_in_any_encoding(tmp_path, encoding):
+    """Also where the first byte that is not UTF-8 stands far down."""
+    text = "u 1 2 3 4\n" * 40_000 + "v é\nw è\n"
+    data = read(write(tmp_path / "a.txt", text.encode(encoding))).interactions
+    assert data.item.tolist()[-2:] == ["é", "è"]
+
+
+def test_a_table_without_a_header_is_not_taken_for_rows_of_items(tmp_path):
+    for text in ("1 10 5\n1 11 3\n", "1 10 5 4\n1 11 3 4\n", "1 10 5 2 2020-01-01\n1 11 3 4 2020-01-02\n"):
+        with pytest.raises(UserError, match="has no header: number its columns"):
+            read(write(tmp_path / "a.txt", text))
+    assert len(read(write(tmp_path / "a.txt", "1 2 3 4 5\n2 3 4 5 6\n")).interactions) == 8
+
+
+def test_a_date_in_three_columns_that_does_not_exist_is_named(tmp_path):
+    text = "user,item,year,month,day\n1,2,2009,4,1\n1,3,2009,2,30\n"
+    file = write(tmp_path / "a.csv", text)
+    with pytest.raises(UserError, match="a.csv, line 3: year, month and day are no date"):
+        read(file)
+    assert rows(read(file, drop_bad_rows=True)) == [["1", "2", 1238544000.0]]
+
+
+def test_zip_archives_that_cannot_be_unpacked(tmp_path):
+    whole = next(file for file in forms(tmp_path) if file.name == "packed.csv.zip").read_bytes()
+    start = whole.index(b"inside.csv") + len("inside.csv")
+    damaged = whole[:start] + bytes([whole[start] ^ 0xFF]) + whole[start + 1 :]
+    locked = bytearray(whole)
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        locked[whole.index(mark) + flags] |= 1  # encrypted
+    for content, match in ((damaged, "cannot read"), (bytes(locked), "password")):
+        with pytest.raises(UserError, match=match):
+            read(write(tmp_path / "bad.csv.zip", content))

@@ -164,17 +164,15 @@ def texts_of_ids(values: pa.Array) -> list[str | None]:
     return texts
 
 
-def encode(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The values as numbers into a dictionary that all chunks share."""
+def encode(values: pa.ChunkedArray) -> pa.DictionaryArray:
+    """The values as numbers into a dictionary of the distinct ones."""
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
-    return values.unify_dictionaries()
+    return values.unify_dictionaries().combine_chunks()
 
 
-def to_ids(values: pa.ChunkedArray) -> pd.Categorical:
+def to_ids(array: pa.DictionaryArray) -> pd.Categorical:
     """Ids as a categorical of texts in sorted order; missing where the value is no id."""
-    array = encode(values).combine_chunks()
-    array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
     texts = texts_of_ids(array.dictionary)
     numbers, names = pd.factorize(np.array(texts, dtype=object), sort=True)  # -1 = None
     numbers = np.append(numbers, -1).astype(np.int32)  # and for rows without a value
@@ -212,8 +210,7 @@ def to_times(values: pa.ChunkedArray) -> tuple[np.ndarray, str]:
     missing = np.isnan(numbers)
     known = numbers[~missing] if missing.any() else numbers
     if 2 * len(known) < len(values) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        distinct = encode(values).combine_chunks()
-        array = distinct if isinstance(distinct, pa.Array) else pa.concat_arrays(distinct.chunks)
+        array = encode(values)
         parsed = pd.to_datetime(
             pd.Series(array.dictionary.to_pylist(), dtype=object).where(lambda text: ~is_number(text)),
             format="ISO8601", utc=True, errors="coerce",
@@ -252,7 +249,7 @@ def not_negative(seconds: np.ndarray) -> np.ndarray:
 def to_labels(values: pa.ChunkedArray, wishes: Wishes) -> np.ndarray:
     """(rows,) float64, 0 or 1; nan where it is neither. With --positive_label, 1 where the value is that."""
     if wishes.positive_label is not None:
-        words = to_ids(values)
+        words = to_ids(encode(values))
         if wishes.positive_label not in words.categories:
             there = ", ".join(words.categories[:10])
             raise UserError(f"--positive_label={wishes.positive_label}: the column label has only {there}")
@@ -282,6 +279,13 @@ def convert(
             refuse(name, values, int(bad.argmax()), place, "" if bad.all() else ", as in other rows")
         said += words
         bad_rows |= bad
+    if set(PARTS_OF_DATE) <= set(columns):
+        columns["timestamp"] = join_date({name: columns.pop(name) for name in PARTS_OF_DATE})
+        bad = np.isnan(columns["timestamp"]) & ~bad_rows
+        if bad.any() and not wishes.drop_bad_rows:
+            where = place(int(bad.argmax()))
+            raise UserError(f"{where}: year, month and day are no date, or --drop_bad_rows=true")
+        bad_rows |= bad
     frame = pd.DataFrame(columns, copy=False)
     if bad_rows.any():
         frame = frame[~bad_rows].reset_index(drop=True)
@@ -289,7 +293,7 @@ def convert(
         frame = frame.assign(**{name: ids[name].cat.remove_unused_categories() for name in ids})
     if "label" in frame:
         frame["label"] = frame["label"].astype(np.int64)
-    return join_date(frame), said, int(bad_rows.sum())
+    return frame, said, int(bad_rows.sum())
 
 
 def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
@@ -303,9 +307,9 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
     if name not in (*IDS, "context", "split"):
         numbers = to_numbers(values)
         return numbers, np.isnan(numbers), []
-    values = encode(values)
-    ids = to_ids(values)
-    said = ["spaces around ids are removed"] * has_spaces(values)
+    array = encode(values)
+    ids = to_ids(array)
+    said = ["spaces around ids are removed"] * has_spaces(array.dictionary)
     if name == "split":
         known = [SPLITS.get(word.lower()) for word in ids.categories]
         splits = np.array([*known, None], dtype=object)[ids.codes]
@@ -316,12 +320,11 @@ def convert_column(name: str, values: pa.ChunkedArray, wishes: Wishes) -> tuple:
     return ids, bad, said
 
 
-def has_spaces(values: pa.ChunkedArray) -> bool:
-    """Are there spaces around a text? `values` are those of `encode`."""
-    if not values.num_chunks or pa.types.is_integer(values.type.value_type):
+def has_spaces(distinct: pa.Array) -> bool:
+    """Are there spaces around a text?"""
+    if pa.types.is_integer(distinct.type):
         return False
-    texts = values.chunk(0).dictionary.to_pylist()
-    return any(isinstance(text, str) and text != text.strip() for text in texts)
+    return any(isinstance(text, str) and text != text.strip() for text in distinct.to_pylist())
 
 
 def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], str], like: str = "") -> None:
@@ -338,15 +341,10 @@ def refuse(name: str, values: pa.ChunkedArray, row: int, place: Callable[[int], 
     raise UserError(f"{place(row)}: {name} {found}, expected {EXPECTED.get(name, 'a number')}{more}")
 
 
-def join_date(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns year, month and day, if there, as one timestamp."""
-    if not set(PARTS_OF_DATE) <= set(frame):
-        return frame
-    dates = pd.to_datetime(frame[list(PARTS_OF_DATE)], errors="coerce")
-    if dates.isna().any():
-        raise UserError("the columns year, month and day hold a date that does not exist: remove it")
-    seconds = (dates - pd.Timestamp(0)) / pd.Timedelta(seconds=1)
-    return frame.drop(columns=list(PARTS_OF_DATE)).assign(timestamp=seconds)
+def join_date(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Years, months and days -> (rows,) float64 seconds since 1970; nan where there is no such date."""
+    dates = pd.to_datetime(pd.DataFrame(parts), errors="coerce")
+    return not_negative(((dates - pd.Timestamp(0)) / pd.Timedelta(seconds=1)).to_numpy(np.float64))
 
 
 def doubts(table: pd.DataFrame) -> list[str]:

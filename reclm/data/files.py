@@ -3,7 +3,9 @@
 import codecs
 import csv
 import io
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from reclm.errors import UserError, first_line
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 PACKED = (".gz", ".bz2", ".zst", ".zip")
+TAB_SEPARATED = (".tsv", ".inter", ".user", ".item")
 SEPARATORS = ("::", "\t", ",", ";", "|", " ")  # in the order they are tried
 SAMPLE = 2**17  # bytes of a file that its layout is guessed from
 BLOCK = 2**24  # bytes that are parsed at once: also the longest record that can be read
@@ -63,19 +66,22 @@ def open_bytes(path: Path, progress: bool = False) -> Iterator[Any]:
                     source = pa.PythonFile(file, mode="r")
                     file = stack.enter_context(pa.CompressedInputStream(source, codec))
             yield file
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"cannot read {path} ({reason})") from error
 
 
 def open_only_member(path: Path, file: Any) -> Any:
-    """The file in a .zip archive. Raises UserError unless there is exactly one."""
-    archive = zipfile.ZipFile(path if not hasattr(file, "seek") else file)
+    """The file in a .zip archive. Raises UserError unless there is exactly one, without a password."""
+    archive = zipfile.ZipFile(file)
     members = [name for name in archive.namelist() if not name.endswith("/")]
     if len(members) != 1:
         there = ", ".join(members[:5]) or "none"
         raise UserError(f"{path} must hold exactly one file, it holds {len(members)} ({there}): unpack it")
-    return archive.open(members[0])
+    try:
+        return archive.open(members[0])
+    except RuntimeError as error:  # a password, or a compression that Python does not know
+        raise UserError(f"cannot read {path} ({first_line(error)}): unpack it") from error
 
 
 class Lines:
@@ -119,11 +125,16 @@ def sample_lines(path: Path) -> tuple[list[str], str]:
     except UnicodeDecodeError:
         encoding = "latin-1"
         text = start.decode(encoding)
-    lines = text.splitlines()
+    lines = split_lines(text)
     lines = [line for line in (lines if whole or len(lines) < 2 else lines[:-1]) if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty")
     return lines[:100], encoding
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a file. Not str.splitlines, which also ends a line at \u2028 and others within a title."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def split_line(line: str, sep: str, quoted: bool) -> list[str]:
@@ -135,7 +146,7 @@ def split_line(line: str, sep: str, quoted: bool) -> list[str]:
 def find_separator(lines: list[str], name: str) -> str | None:
     """The first of SEPARATORS that cuts all lines into the same number of fields, two or more; else that of
     the suffix; else None."""
-    if name.endswith((".tsv", ".inter", ".user", ".item")):
+    if name.endswith(TAB_SEPARATED):
         return "\t"
     for sep in SEPARATORS:
         counts = {len(split_line(line, sep, quoted=True)) for line in lines}

@@ -14,6 +14,7 @@ import pyarrow.parquet
 from reclm.data.columns import is_known
 from reclm.data.files import (
     BLOCK,
+    TAB_SEPARATED,
     Layout,
     bare_name,
     find_separator,
@@ -28,7 +29,6 @@ from reclm.errors import UserError, first_line
 
 PARQUET, JSON_LINES = (".parquet", ".pq"), (".json", ".jsonl", ".ndjson")
 SHOWN = {"\t": "tab", " ": "space"}
-TAB_SEPARATED = (".tsv", ".inter", ".user", ".item")
 KNOWN = {  # files without a header -> their columns, "-" for one that is not read
     "ratings.dat": "user item rating timestamp",  # MovieLens-1M and 10M
     "u.data": "user item rating timestamp",  # MovieLens-100K
@@ -78,7 +78,7 @@ def open_parquet(file: Path) -> Opened:
     def read(chosen: dict[str, str], drop_bad: bool) -> tuple[pa.Table, Place, int]:
         try:
             table = pa.parquet.read_table(file, columns=list(chosen.values()), partitioning=None)
-            table = pa.table({ours: as_text(table[theirs]) for ours, theirs in chosen.items()})
+            table = pa.table({ours: bytes_to_text(table[theirs]) for ours, theirs in chosen.items()})
             table.validate(full=True)  # reading does not look whether texts are UTF-8
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is damaged ({first_line(error)}): write it again") from error
@@ -87,7 +87,7 @@ def open_parquet(file: Path) -> Opened:
     return Opened(tuple(names), read)
 
 
-def as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
+def bytes_to_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Bytes as text, all else as it is."""
     is_bytes = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
     return values.cast(pa.string()) if is_bytes else values

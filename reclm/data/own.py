@@ -22,11 +22,12 @@ from reclm.data.columns import (
     choose_columns,
     convert,
     describe_columns,
+    encode,
     find_column,
     plain,
     to_ids,
 )
-from reclm.data.files import bare_name, open_bytes, sample_lines, split_line
+from reclm.data.files import bare_name, open_bytes, sample_lines, split_line, split_lines
 from reclm.data.formats import JSON_LINES, PARQUET, is_numeric, looks_like_header, open_table
 from reclm.errors import UserError
 
@@ -113,8 +114,8 @@ def read_interactions(file: Path, wishes: Wishes) -> tuple[pd.DataFrame, list[st
             f"{file} has a list of items per row (MIND): write one row per click instead, with the columns "
             "user,item,timestamp"
         )
-    if not wishes.columns and is_rows_of_items(file):
-        return read_rows_of_items(file), ["rows of: user item item ..."], 0
+    if not wishes.columns and (sep := separator_of_items(file)):
+        return read_rows_of_items(file, sep), ["rows of: user item item ..."], 0
     opened = open_table(file)
     chosen = choose_columns(opened.names, wishes, file, opened.example)
     table, place, dropped = opened.read(chosen, wishes.drop_bad_rows)
@@ -123,40 +124,46 @@ def read_interactions(file: Path, wishes: Wishes) -> tuple[pd.DataFrame, list[st
     return frame, list(filter(None, said)), dropped + bad
 
 
-def is_rows_of_items(file: Path) -> bool:
-    """Does each line of a .txt file hold a user and then items, in another number per line, or at least none
-    that can be a time or a rating?"""
+def separator_of_items(file: Path) -> str | None:
+    """The separator of a .txt file with a user and then items in each line; None for any other file. The
+    lines differ in length, or have five fields or more and no time or decimal among them: `user item rating
+    timestamp` is a table without a header."""
     if not bare_name(file).endswith(".txt"):
-        return False
+        return None
     lines, _ = sample_lines(file)
     sep = "\t" if "\t" in lines[0] else " " if " " in lines[0] else ","
     rows = [split_line(line.strip(), sep, quoted=False) for line in lines]
-    if looks_like_header(rows[:1]) or min(map(len, rows)) < 2:
-        return False
-    if len({len(row) for row in rows}) > 1:
-        return True
-    return len(rows[0]) > 2 and not any(
-        "." in field or ":" in field or (is_numeric(field) and float(field) >= TIME_LIKE)
-        for row in rows
-        for field in row
-    )
+    widths = {len(row) for row in rows}
+    if looks_like_header(rows[:1]) or min(widths) < 2:
+        return None
+    tabular = min(widths) < 5 or any(map(is_measure, (field for row in rows for field in row)))
+    return None if len(widths) == 1 and tabular else sep
 
 
-def read_rows_of_items(file: Path) -> pd.DataFrame:
+def is_measure(field: str) -> bool:
+    """Is this a decimal, a date or a time rather than an id?"""
+    date = re.search(r"[.:]|^\d{4}-\d\d-\d\d", field)
+    return bool(date) or (is_numeric(field) and float(field) >= TIME_LIKE)
+
+
+def read_rows_of_items(file: Path, sep: str) -> pd.DataFrame:
     users, counts, items = [], [], []
     with open_bytes(file, progress=True) as stream:
-        lines = bytes(stream.read()).decode("utf-8-sig", "replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        fields = line.replace(",", " ").split()
+        content = bytes(stream.read())
+    try:
+        text = content.decode(sample_lines(file)[1])
+    except UnicodeDecodeError:  # further down than the sample
+        text = content.decode("latin-1")
+    for number, line in enumerate(split_lines(text), 1):
+        fields = [field for field in line.strip().split(sep) if field]
         if len(fields) == 1:
             raise UserError(f"{file}, line {number}: a user without items, expected: user item item ...")
-        users += fields[:1]
-        items += fields[1:]
-        counts.append(max(0, len(fields) - 1))
-    counts = [count for count in counts if count]
-    column = {"user": pa.array(users), "item": pa.array(items)}
-    ids = {name: to_ids(pa.chunked_array([values])) for name, values in column.items()}
-    return pd.DataFrame({"user": ids["user"].repeat(counts), "item": ids["item"]})
+        if fields:
+            users.append(fields[0])
+            items += fields[1:]
+            counts.append(len(fields) - 1)
+    users, items = (to_ids(encode(pa.chunked_array([pa.array(values)]))) for values in (users, items))
+    return pd.DataFrame({"user": users.repeat(counts), "item": items})
 
 
 # ---------------------------------------------------------------- side tables
@@ -184,7 +191,7 @@ def read_side_table(file: Path, column: str) -> pd.DataFrame:
     table, place, _ = opened.read(chosen, False)
     if pa.types.is_nested(table[column].type):
         raise UserError(f"{place(0)}: {column} is a list or an object, expected an id")
-    ids = to_ids(table[column])
+    ids = to_ids(encode(table[column]))
     if (ids.codes < 0).any():
         raise UserError(f"{place(int((ids.codes < 0).argmax()))}: {column} is missing, expected an id")
     columns = {column: np.asarray(ids, dtype=object)}
