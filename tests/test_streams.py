@@ -26,16 +26,17 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"
 
 EACH = """
 import runpy, sys
-path = list(sys.path)
+found = list(sys.path)
 root, *programs = sys.argv[1:]
 for program in programs:  # in one process, which imports torch once, and ours each time
-    sys.path[:], sys.argv = path, [program, "--help"]
+    sys.path[:], sys.argv = found, [program, "--help"]
     try:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, (program, stop.code)
     for name, module in [*sys.modules.items()]:
-        if str(getattr(module, "__file__", "")).startswith(root):
+        path = str(getattr(module, "__file__", ""))
+        if path.startswith(root) and "site-packages" not in path:  # root may hold the environment
             del sys.modules[name]
 """
 
