@@ -33,6 +33,7 @@ from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import Config, build_config
+from reclm.data import histories
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
 from reclm.data.repeats import settle_history
@@ -44,6 +45,7 @@ from reclm.run import checkpoint, dist, folder, init_from, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim import OPTIMIZERS, build_optimizer, choose_warmup, learning_rate, update_average
+from reclm.run.output import write_whole
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.run.validate import check_optimizer
 
@@ -68,6 +70,7 @@ def evaluate_checkpoint(given: dict) -> None:
     out_dir = folder.chosen_dir(given)
     path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
     cfg, dataset, model = open_checkpoint(given, path)
+    keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
@@ -200,10 +203,18 @@ def train(given: dict) -> None:
     run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
     with folder.claimed(cfg, dataset.name, path) as out_dir:
         run.open(out_dir)
+        keep_histories(out_dir, dataset)
         if state:
             say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
         with closing(run.logger):  # the progress bar must end before an error is printed
             fit(run)
+
+
+def keep_histories(out_dir: Path, dataset: Dataset) -> None:
+    """Write histories.npz, from which scripts/recommend.py knows the users, unless it is there."""
+    target = out_dir / histories.FILE
+    if not dataset.grown and not dist.on_main(target.exists):
+        dist.on_main(lambda: write_whole(target, lambda path: histories.write_histories(path, dataset)))
 
 
 def describe(given: dict) -> None:

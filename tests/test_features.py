@@ -36,11 +36,13 @@ USERS = pd.DataFrame(
 
 
 def test_profile_codes():
-    codes, meanings = profile_codes(USERS, np.array([5, 1, 2, 3, 4]))  # 3 has no row
+    codes, meanings, texts = profile_codes(USERS, np.array([5, 1, 2, 3, 4]))  # 3 has no row
     gender, age, region = codes.T
     assert gender.tolist() == [0, 2, 1, 0, 2]  # F, M; "" is unknown
     assert age.tolist() == [3, 1, 2, 0, 4]  # bands that occur: below 18, 18 to 24, 25 to 34, from 56 on
     assert region.tolist() == [2, 1, 3, 0, 1]  # 4, 9, T
+    assert texts == {"gender": ["F", "M"], "age": ["0", "18", "25", "56"], "zip": ["4", "9", "T"]}
+    assert meanings.keys() == {f"column {name} of the user table" for name in texts}
     assert profile_codes(None, np.arange(3))[0].shape == (3, 0)
 
 

@@ -13,8 +13,9 @@ MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all
     "data": {"", "data"},
     "nn": {"", "data", "nn"},
     "run": {"", "data", "run"},
+    "serve": {"", "data", "nn", "run", "serve"},  # applies trained models, so it also imports model.py
 }
-MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1150, 6200
+MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE, MOST_OF_SERVE = 400, 1150, 6300, 1300
 MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS = 60, 8
 PACKAGE = sorted((ROOT / "reclm").rglob("*.py"))
 FILES = [*(ROOT / f"{name}.py" for name in SPINE), *PACKAGE]
@@ -72,11 +73,12 @@ def test_rooms_know_only_what_is_below_them(path):
     if ours is None:
         return
     found = imports(path)
-    assert not [other for other in found if other.split(".")[0] in SPINE], "the package imports the spine"
+    spine = {other.split(".")[0] for other in found} & SPINE.keys()
+    assert spine <= ({"model"} if ours == "serve" else set()), "the package imports the spine"
     assert {room(other) for other in found} - {None} <= MAY_IMPORT[ours]
 
 
-def test_the_rooms_are_the_three_of_the_plan():
+def test_the_rooms_are_those_of_the_plan():
     folders = {path.parent.relative_to(ROOT / "reclm").as_posix() for path in PACKAGE}
     assert folders == {".", *filter(None, MAY_IMPORT)}
     assert not {"utils", "helpers", "common", "manager"} & {path.stem for path in PACKAGE}
@@ -150,7 +152,9 @@ def test_the_house_is_read_in_an_afternoon():
         for path in PROGRAM
     }
     assert sum(lines[ROOT / f"{name}.py"] for name in SPINE) <= MOST_OF_SPINE
-    assert sum(count for path, count in lines.items() if room(name_of(path)) is not None) <= MOST_OF_PACKAGE
+    package = [path for path in lines if room(name_of(path)) not in (None, "serve")]
+    assert sum(lines[path] for path in package) <= MOST_OF_PACKAGE
+    assert sum(count for path, count in lines.items() if room(name_of(path)) == "serve") <= MOST_OF_SERVE
 
 
 @EVERY_FILE

@@ -79,7 +79,14 @@ def test_training_leaves_all_files(trained):
     assert folder.parent == trained / "runs"
     names = {path.name for path in folder.iterdir()}
     wanted = {f"epoch_{n}.pth" for n in range(16)} | {"best.pth", "last.pth", "config.yaml"}
-    wanted |= {"metrics.jsonl", "result.json", "curves.png", "tensorboard", "eval-epoch_15.json"}
+    wanted |= {
+        "histories.npz",
+        "metrics.jsonl",
+        "result.json",
+        "curves.png",
+        "tensorboard",
+        "eval-epoch_15.json",
+    }
     assert names == wanted
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len(list((folder / "tensorboard").glob("events.out.tfevents.*"))) == 1

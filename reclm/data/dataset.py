@@ -53,6 +53,7 @@ class Dataset:
     words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
     num_rows: int = 0  # read, before a task or setting leaves some out
     meanings: dict[str, str] = field(default_factory=dict)  # per column: features.meaning of its values
+    values: dict[str, list[str]] = field(default_factory=dict)  # per column: texts behind its codes
     # Impressions only (--task=ctr, see reclm/data/impressions.py): each (rows,), otherwise empty.
     labels: np.ndarray = field(default_factory=no_numbers)  # 0 or 1
     splits: np.ndarray = field(default_factory=no_numbers)  # values of impressions.SPLITS
@@ -107,6 +108,11 @@ class Dataset:
     def lengths(self) -> np.ndarray:
         """(U,) int64: number of rows per user."""
         return np.diff(self.offsets)
+
+    @property
+    def item_counts(self) -> np.ndarray:
+        """(V - 1,) int32: rows of each item."""
+        return np.bincount(self.item_ids, minlength=self.num_items + 1)[1:].astype(np.int32)
 
     @property
     def ranked_users(self) -> np.ndarray:

@@ -25,12 +25,13 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     """The dataset with the optional inputs of this run attached (profiles, item features, feedback codes)
     and negative feedback marked. The fingerprint is extended by a hash of these inputs. Raises UserError if
     the data lack an input that `cfg` requests; later code relies on this check."""
-    chosen, codes, meanings, read = {}, {}, {}, []
+    chosen, codes, meanings, values, read = {}, {}, {}, {}, []
     notes = [*dataset.notes, *check_times(dataset, cfg)]
     if cfg.model.profile_tokens:
         if not dataset.profiles.shape[1]:
             raise UserError(f"--profile_tokens needs a user table, but {dataset.name} has none: leave it out")
         meanings |= {name: code for name, code in dataset.meanings.items() if name != "contexts"}
+        values |= {name: texts for name, texts in dataset.values.items() if name != "contexts"}
         chosen["profile_sizes"] = tuple(int(size) for size in dataset.profiles.max(0) + 1)
         read.append(dataset.profiles)
         notes += note_unknown(dataset.profiles, "users", "row in the user table")
@@ -42,10 +43,12 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     if cfg.model.action_embedding:
         codes[FEEDBACK] = feedback_codes(dataset)
         meanings[FEEDBACK] = meaning(dataset.ratings) if len(dataset.ratings) else "label"
+        values[FEEDBACK] = as_texts(np.unique(dataset.ratings)) if len(dataset.ratings) else ["0", "1"]
         read.append(codes[FEEDBACK])
     if len(dataset.contexts):
         codes["contexts"] = dataset.contexts
         meanings |= {name: code for name, code in dataset.meanings.items() if name == "contexts"}
+        values |= {name: texts for name, texts in dataset.values.items() if name == "contexts"}
     if cfg.loss.negative_below is not None:
         chosen["negative"] = ratings_for("negative_below", dataset) < cfg.loss.negative_below
         share = chosen["negative"].mean()
@@ -53,7 +56,7 @@ def choose_inputs(dataset: Dataset, cfg: Config) -> Dataset:
     fingerprint = dataset.fingerprint
     if read:
         fingerprint += "-" + hashlib.sha256(b"".join(array.tobytes() for array in read)).hexdigest()[:8]
-    chosen |= {"codes": codes, "meanings": meanings}
+    chosen |= {"codes": codes, "meanings": meanings, "values": values}
     return replace(dataset, notes=notes, fingerprint=fingerprint, **chosen)
 
 
@@ -94,24 +97,31 @@ def meaning(values: np.ndarray | pd.Series) -> str:
     return hashlib.sha256("\n".join(map(str, np.unique(values))).encode()).hexdigest()[:8]
 
 
-def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+def as_texts(values: np.ndarray | pd.Series) -> list[str]:
+    """The distinct values behind the codes 1, 2, ... as a person would type them: 5, not 5.0."""
+    return [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+
+
+def profile_codes(table: pd.DataFrame | None, users: np.ndarray) -> tuple[np.ndarray, dict, dict]:
     """((U, P) int64: one code per user and column of the user table, P = 0 without a table; {column:
-    `meaning`}). Ages are grouped by AGE_BANDS, zip codes by their first character (the region). Users without
-    a row are 0 throughout."""
+    `meaning`}; {column: texts of the values behind the codes 1, 2, ...}). Ages are grouped by AGE_BANDS and
+    shown as the lower end of the group, zip codes by their first character (the region). Users without a row
+    are 0 throughout."""
     if table is None:
-        return np.zeros((len(users), 0), dtype=np.int64), {}
+        return np.zeros((len(users), 0), dtype=np.int64), {}, {}
     rows = table.drop_duplicates("user").set_index("user").reindex(users)
     if "age" in rows:
         ages = pd.to_numeric(rows["age"], errors="coerce")
         rows["age"] = pd.Series(np.digitize(ages, AGE_BANDS), rows.index).where(ages.notna())
     if "zip" in rows:
         rows["zip"] = rows["zip"].str[:1]
-    codes, meanings = [], {}
+    codes, meanings, texts = [], {}, {}
     for name in rows:
         numbers, values = pd.factorize(rows[name].replace("", None), sort=True)
         codes.append(numbers + 1)
         meanings[f"column {name} of the user table"] = meaning(values)
-    return np.stack(codes, axis=1).astype(np.int64), meanings
+        texts[name] = as_texts([(0, *AGE_BANDS)[int(band)] for band in values] if name == "age" else values)
+    return np.stack(codes, axis=1).astype(np.int64), meanings, texts
 
 
 def word_codes(table: pd.DataFrame | None, items: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,13 +11,13 @@ import pandas as pd
 from reclm.config import DataConfig
 from reclm.data.cache import cache_root, read_cache, write_cache
 from reclm.data.columns import IDS, Wishes, doubts
-from reclm.data.features import item_texts, meaning, profile_codes, word_codes
+from reclm.data.features import as_texts, item_texts, meaning, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
 from reclm.data.repeats import describe_targets, drop_equal_rows, one_per_item
 from reclm.data.sources import Source, check_size, read_dataset
 from reclm.errors import UserError, choose
 
-CACHE_VERSION = 7  # part of the cache key: raise it when `prepare` changes what it writes
+CACHE_VERSION = 8  # part of the cache key: raise it when `prepare` changes what it writes
 
 
 def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Path, list[str]]:
@@ -52,9 +52,10 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     meta, arrays = build_sequences(table, cfg, task, names)
     notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_rows + of_table + meta["notes"]
     meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "task": task}
-    arrays["profiles"], meta["meanings"] = profile_codes(raw.users, arrays["users"])
+    arrays["profiles"], meta["meanings"], meta["values"] = profile_codes(raw.users, arrays["users"])
     if "contexts" in arrays:
         meta["meanings"]["contexts"] = meaning(table["context"])
+        meta["values"]["contexts"] = as_texts(np.unique(table["context"]))
     meta["num_rows"] = num_rows
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
     write_cache(folder, meta, arrays)

@@ -7,7 +7,8 @@ only (weights_only=True), so that a file cannot run code.
     progress, history           main.Progress; the log rows of all epochs
     dataset, protocol, fingerprint, ids      the data that it fits
     num_rows, user_keys, user_rows, last_time   how to tell whether these have grown (reclm/data/grown.py)
-    vocabulary, items, titles, genre_names   what inference needs of the data (`about_data`)
+    vocabulary, items, titles, genre_names, item_counts, values   what inference needs of the data
+                                (`about_data`); who did what is in histories.npz (reclm/run/histories.py)
 
 There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
 """
@@ -119,6 +120,8 @@ def about_data(dataset: Dataset) -> dict:
         "num_rows": dataset.num_rows,
         "user_rows": plain(dataset.lengths.astype(np.int32)),
         "vocabulary": vocabulary,
+        "values": dataset.values,
+        "item_counts": plain(dataset.item_counts),
         **{name: plain(getattr(dataset, name)) for name in names},
     }
 
@@ -259,6 +262,11 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Data
             "use the same --dataset, --data_dir and --item_features, or where the data have grown, a new run "
             f"with --init_from={path}"
         )
+    load_weights(model, state, path)
+
+
+def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
+    """Load the weights to evaluate. Raises UserError if they belong to another architecture."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

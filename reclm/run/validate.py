@@ -15,6 +15,7 @@ TYPES = {  # of the entries of a checkpoint
     "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "num_rows": int,
     "user_keys": Tensor, "user_rows": Tensor, "last_time": float,
     "vocabulary": dict, "items": (list, Tensor), "titles": list, "genre_names": list,
+    "item_counts": Tensor, "values": dict,
 }  # fmt: skip
 PROGRESS = {  # of main.Progress: type and least value
     "epoch": (int, 0), "step": (int, 0), "loss_sum": (float, -math.inf), "num_targets": (int, 0),
@@ -58,6 +59,13 @@ def check_lengths(state: dict, path: Path) -> None:
     for name in {"user_keys", "user_rows"} & state.keys():
         good = state[name].shape == (known.get("num_users"),) and not state[name].is_floating_point()
         check(path, good, f"{name} and vocabulary disagree")
+    for name in {"titles", "genre_names", "item_counts"} & state.keys():
+        rows = state[name]
+        good = rows.dim() == 1 if isinstance(rows, Tensor) else all(isinstance(text, str) for text in rows)
+        check(path, good and len(rows) in (0, len(items)), f"{name} and items disagree")
+    for name, texts in state.get("values", {}).items():
+        good = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        check(path, good, f"the values of {name!r:.60} are no texts")
     features = known.get("features")
     good = is_plain(known.get("cold_items"))
     good = good and isinstance(features, dict) and all(is_plain(rows) for rows in features.values())

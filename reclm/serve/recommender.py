@@ -1,0 +1,340 @@
+"""Recommender: a trained model, its items and, where they are known, its users."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from reclm.data.histories import Histories, read_histories
+from reclm.errors import UserError
+from reclm.serve.catalogue import Catalogue, Filters
+from reclm.serve.person import Person, Reads, make_batch
+from reclm.serve.top_k import top_k
+
+AT_ONCE = 128  # persons in one pass through the model
+EVERYTHING = Filters()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A recommended item. `score` is a dot product, comparable within one list only, or a probability with a
+    model of --task=ctr."""
+
+    id: str
+    title: str
+    score: float
+    genres: str = ""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """An item of the history, and by how much the score of a recommendation falls without it."""
+
+    id: str
+    title: str
+    drop: float
+
+
+class Engine(Protocol):
+    """A model in one runtime. Batches are those of `person.make_batch`."""
+
+    table: np.ndarray  # (V, D) float32 item factors
+
+    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """(B, D) float32 user embeddings after the last action"""
+
+    def start(self, batch: dict[str, np.ndarray]) -> tuple[Any, np.ndarray]:
+        """(state of one person's history for `extend`, user embedding (D,))"""
+
+    def extend(self, state: Any, batch: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Add one action, a batch (1, 1), in place -> user embedding (D,); None where the result would not be
+        that of reading the last max_len actions again"""
+
+    def probabilities(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """candidate_ids (B, C) after each history -> (B, C), of a positive action; --task=ctr only"""
+
+
+@dataclass
+class About:
+    """What a checkpoint or an export says about its model."""
+
+    config: dict[str, Any]  # all settings
+    dataset: str
+    protocol: str
+    trained: str  # epoch and its validation metric, as a person reads it
+
+
+class Recommender:
+    """Recommends items to persons of the training data and to new ones. Build it with `load`.
+
+    A history is a Person, or an iterable of ids or titles, oldest first, as `person` reads them. Where a
+    parameter is called `item`, it is an id or a title."""
+
+    def __init__(
+        self, engine: Engine, catalogue: Catalogue, reads: Reads, about: About, histories: Path | None = None
+    ):
+        self.engine, self.catalogue, self.reads, self.about = engine, catalogue, reads, about
+        self.histories_file = histories
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Recommender":
+        """The recommender of a checkpoint file, or of a folder that scripts/export.py has written, which
+        needs onnxruntime and no torch. Raises UserError if it is missing, damaged or of another kind."""
+        path = Path(path)
+        if path.is_dir():
+            from reclm.serve.exported import open_export
+
+            return cls(*open_export(path))
+        from reclm.serve.trained import open_checkpoint
+
+        return cls(*open_checkpoint(path, device))
+
+    @cached_property
+    def histories(self) -> Histories:
+        """The users of the training data. Raises UserError if they are unknown here."""
+        if self.histories_file is None:
+            raise UserError("this model comes without its users: name the items of a person instead")
+        return read_histories(self.histories_file)
+
+    @property
+    def is_ctr(self) -> bool:
+        return self.about.config["task"] == "ctr"
+
+    # ------------------------------------------------------------------ persons
+
+    def person(
+        self,
+        history: Iterable[str],
+        ratings: Sequence[str | float | None] = (),
+        profile: dict[str, str] | None = None,
+        at: float | None = None,
+        times: Sequence[float] = (),
+    ) -> Person:
+        """A person with these actions, oldest first, each an id or a title.
+
+        `ratings` and `times` (seconds since 1970) have one entry per action, or none; `profile` is like
+        {"gender": "F", "age": "25"}; `at` is the time of the request. Raises UserError for an unknown item,
+        for values that the model does not know or does not read, and if an action is after the request."""
+        items = np.array([self.catalogue.number(text) for text in history], np.int64)
+        for name, values in (("ratings", ratings), ("times", times)):
+            if len(values) not in (0, len(items)):
+                raise UserError(f"{len(items)} items, but {len(values)} {name}: give one per item, or none")
+        codes = {}
+        if any(rating is not None for rating in ratings):
+            read = self.reads.code
+            codes["actions"] = np.array([0 if r is None else read("actions", str(r)) for r in ratings])
+        if at is not None and not self.reads.times:
+            raise UserError("this model does not read times: leave the time of the request out")
+        moments = np.array([*times, *([] if at is None else [at])], np.float64)
+        if not np.isfinite(moments).all() or (np.diff(moments) < 0).any():
+            raise UserError("times must be finite, in order and not after the request")
+        times = np.full(len(items), at) if at is not None and not len(times) else moments[: len(times)]
+        return Person(items, times, codes, self.reads.profile_codes(profile or {}), at)
+
+    def user(self, user: str, at: float | None = None) -> Person:
+        """The user of the training data with this id and their whole history, with the request at the time
+        `at` [default: that of the last action]. Raises UserError for an unknown id."""
+        return self.user_at(self.histories.number(str(user)), at)
+
+    def user_at(self, index: int, at: float | None = None) -> Person:
+        """The same by index, 0..U-1."""
+        known = self.histories
+        rows = slice(known.offsets[index], known.offsets[index + 1])
+        names = self.reads.codes.keys() & known.codes.keys()
+        codes = {name: known.codes[name][rows].astype(np.int64) for name in names}
+        items, times = known.item_ids[rows].astype(np.int64), known.timestamps[rows]
+        return Person(items, times, codes, known.profiles[index].astype(np.int64), at, int(index))
+
+    def as_person(self, history: "Person | Iterable[str]") -> Person:
+        return history if isinstance(history, Person) else self.person(history)
+
+    # ------------------------------------------------------------------ recommendations
+
+    def recommend(
+        self, history: "Person | Iterable[str]", k: int = 10, filters: Filters = EVERYTHING
+    ) -> list[Item]:
+        """The k best items for a person, best first, of those that `filters` allows; fewer only where fewer
+        are allowed. Raises UserError for an empty history."""
+        return self.recommend_batch([history], k, filters)[0]
+
+    def recommend_batch(
+        self, histories: "Sequence[Person | Iterable[str]]", k: int = 10, filters: Filters = EVERYTHING
+    ) -> list[list[Item]]:
+        """`recommend` for several persons."""
+        people = [self.as_person(history) for history in histories]
+        found = [self.best(people[i : i + AT_ONCE], k, filters) for i in range(0, len(people), AT_ONCE)]
+        return [self.items(*row) for rows in found for row in rows]
+
+    def best(self, people: Sequence[Person], k: int, filters: Filters) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per person (item numbers, scores), (n,) each with n <= k. Raises UserError for k < 1."""
+        if k < 1:
+            raise UserError(f"k={k} must be at least 1")
+        if self.is_ctr:
+            return [self.best_of_candidates(person, k, filters) for person in people]
+        hidden = self.engine.hidden(make_batch(people, self.reads))
+        return [self.best_of(h, person, k, filters) for h, person in zip(hidden, people, strict=True)]
+
+    def best_of(
+        self, hidden: np.ndarray, person: Person, k: int, filters: Filters
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(item numbers, scores) of a user embedding (D,)."""
+        # Filters come before the choice of k: the other order would return fewer than k.
+        scores = np.where(self.catalogue.allowed(filters), self.engine.table @ hidden, -np.inf)
+        if not np.isfinite(scores[scores > -np.inf]).all():
+            raise UserError("the model gives non-finite scores: use another checkpoint")
+        if not self.includes_seen(filters):
+            scores[person.items] = -np.inf  # of the whole history, not only what the model sees of it
+        chosen = top_k(scores, k)
+        return chosen, scores[chosen]
+
+    def includes_seen(self, filters: Filters) -> bool:
+        if filters.include_seen is not None:
+            return filters.include_seen
+        return self.about.config.get("filter_seen") is False
+
+    def best_of_candidates(self, person: Person, k: int, filters: Filters) -> tuple[np.ndarray, np.ndarray]:
+        """The same with a model of --task=ctr, whose scores are probabilities of a positive action."""
+        allowed = self.catalogue.allowed(filters).copy()
+        if not self.includes_seen(filters):
+            allowed[person.items] = False
+        candidates = np.flatnonzero(allowed)
+        if not len(candidates):
+            return candidates, np.zeros(0, np.float32)
+        probabilities = self.probabilities(person, candidates)
+        chosen = top_k(probabilities, k)
+        return candidates[chosen], probabilities[chosen]
+
+    def probabilities(self, person: Person, candidates: np.ndarray) -> np.ndarray:
+        """Item numbers (C,) -> (C,) probabilities of a positive action on each, as the next one."""
+        batch = make_batch([person], self.reads)
+        shape = (1, len(candidates))
+        batch |= {"candidate_ids": candidates[None], "history_lengths": np.full(shape, batch["lengths"][0])}
+        if self.reads.times:
+            batch["candidate_times"] = np.full(shape, batch["next_timestamps"][0, batch["lengths"][0] - 1])
+        if "contexts" in self.reads.codes:
+            batch["candidate_contexts"] = np.zeros(shape, np.int64)
+        return self.engine.probabilities(batch)[0]
+
+    def items(self, numbers: np.ndarray, scores: np.ndarray) -> list[Item]:
+        return [self.item(*pair) for pair in zip(numbers.tolist(), scores.tolist(), strict=True)]
+
+    def item(self, number: int, score: float = 0.0) -> Item:
+        shown, place = self.catalogue, number - 1
+        return Item(shown.ids[place], shown.titles[place], score, shown.genres[place])
+
+    def popular(self, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
+        """The k most used items of the training data, with their number of actions as score."""
+        counts = np.concatenate([[0], self.catalogue.counts]).astype(np.float64)
+        counts[~self.catalogue.allowed(filters)] = -np.inf
+        chosen = top_k(counts, k)
+        return self.items(chosen, counts[chosen])
+
+    # ------------------------------------------------------------------ explanations
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """(V, D) item factors of length 1"""
+        table = self.engine.table
+        return table / np.linalg.norm(table, axis=1, keepdims=True).clip(min=1e-12)
+
+    def similar(self, item: str, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
+        """The k items whose factors have the largest cosine with those of an item, which is the score."""
+        number = self.catalogue.number(item)
+        cosines = np.where(
+            self.catalogue.allowed(filters), self.directions @ self.directions[number], -np.inf
+        )
+        cosines[number] = -np.inf
+        chosen = top_k(cosines, k)
+        return self.items(chosen, cosines[chosen])
+
+    def why(
+        self, history: "Person | Iterable[str]", items: Sequence[str], most: int = 2, last: int | None = None
+    ) -> list[list[Reason]]:
+        """For each of `items` the (at most) `most` items of the history whose removal lowers its score most,
+        largest first. Exact: each item of the history [default: those that the model sees, with `last` the
+        latest so many] is removed in turn and the rest is read again, all in one batch."""
+        person = self.as_person(history)
+        numbers = np.array([self.catalogue.number(item) for item in items], np.int64)
+        recent = dict.fromkeys(person.items[::-1][: min(last or len(person), self.reads.max_len)].tolist())
+        removed = [number for number in recent if (person.items != number).any()]
+        people = [person, *(person.keep(person.items != number) for number in removed)]
+        scores = np.concatenate(
+            [self.scores_of(people[i : i + AT_ONCE], numbers) for i in range(0, len(people), AT_ONCE)]
+        )  # (1 + n, items)
+        drops = scores[0] - scores[1:]
+        reasons = []
+        for drop in drops.T:
+            places = [place for place in np.argsort(-drop, kind="stable")[:most] if drop[place] > 0]
+            reasons.append([self.reason(removed[place], float(drop[place])) for place in places])
+        return reasons
+
+    def scores_of(self, people: Sequence[Person], numbers: np.ndarray) -> np.ndarray:
+        """Scores (B, n) of the same n items for each person"""
+        if self.is_ctr:
+            return np.stack([self.probabilities(person, numbers) for person in people])
+        return self.engine.hidden(make_batch(people, self.reads)) @ self.engine.table[numbers].T
+
+    def reason(self, number: int, drop: float) -> Reason:
+        return Reason(self.catalogue.ids[number - 1], self.catalogue.titles[number - 1], drop)
+
+    def session(self, history: "Person | Iterable[str]" = ()) -> "Session":
+        """A session that goes on from a history, which may be empty. Raises UserError with a model of
+        --task=ctr."""
+        if self.is_ctr:
+            raise UserError("a session needs a model of --task=matching")
+        return Session(self, self.as_person(history))
+
+
+class Session:
+    """One person's history in a KV cache: adding an action costs the pass of that action alone, and the
+    recommendations are exactly those of reading the whole history again."""
+
+    def __init__(self, recommender: Recommender, person: Person):
+        self.recommender = recommender
+        self.set(person)
+
+    def set(self, history: "Person | Iterable[str]") -> None:
+        """Replace the history, e.g. by one with an item removed or moved; it is read anew."""
+        self.person = self.recommender.as_person(history)
+        self.state = self.hidden = None
+        if len(self.person):
+            self.read()
+
+    def read(self) -> None:
+        batch = make_batch([self.person], self.recommender.reads)
+        self.state, self.hidden = self.recommender.engine.start(batch)
+
+    def add(
+        self,
+        item: str,
+        rating: str | float | None = None,
+        time: float | None = None,
+        next_time: float | None = None,
+    ) -> None:
+        """Append an action, an id or a title; `time` is when it happened [default: the time of the request
+        before it], `next_time` the time of the request that follows [default: `time`]. Raises UserError as
+        Recommender.person does, and then leaves the session as it was."""
+        reads, before = self.recommender.reads, self.person
+        asked = before.request_time(reads)
+        if reads.times and time is None:
+            time = asked
+        times = () if time is None else (time,)
+        new = self.recommender.person([item], [rating], at=next_time, times=times)
+        self.person = before.followed_by(new, reads)
+        # What the model made of the last action may depend on when the next request would come.
+        as_expected = not reads.request_time or time == asked
+        if self.state is not None and as_expected:
+            action = make_batch([self.person.keep(slice(-1, None))], reads)
+            self.hidden = self.recommender.engine.extend(self.state, action)
+        if self.state is None or not as_expected or self.hidden is None:
+            self.read()
+
+    def recommend(self, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
+        """The k best items now. Raises UserError for an empty history."""
+        if self.hidden is None:
+            raise UserError("an empty history: add an item first")
+        recommender = self.recommender
+        return recommender.items(*recommender.best_of(self.hidden, self.person, k, filters))

@@ -1,0 +1,114 @@
+"""A checkpoint of main.py as the engine of a Recommender, with torch."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from model import SequenceRecommender
+from reclm.config import Config, build_config
+from reclm.data.histories import FILE
+from reclm.errors import UserError
+from reclm.metrics import choosing_metric
+from reclm.nn.incremental import History, extend, read
+from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
+from reclm.run.process import check_memory
+from reclm.serve.catalogue import Catalogue
+from reclm.serve.person import Reads
+from reclm.serve.recommender import About
+
+Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
+
+
+def open_checkpoint(path: Path, device: str = "cpu") -> Opened:
+    """What Recommender is made of, from a checkpoint file alone; the users are in histories.npz next to it.
+    Raises UserError for a file that is missing, damaged, or older than what inference needs."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train first, or give the path of a .pth file")
+    state = load_checkpoint(path)
+    cfg, model = build_model(state, path)
+    catalogue = read_catalogue(state)
+    histories = path.parent / FILE
+    about = About(cfg.flat(), state["dataset"], state["protocol"], describe_training(state))
+    engine = TorchEngine(model.to(device))
+    return engine, catalogue, read_reads(cfg, state), about, histories if histories.is_file() else None
+
+
+def build_model(state: dict, path: Path) -> tuple[Config, nn.Module]:
+    """(settings, model) of a checkpoint, without the data. Raises UserError."""
+    if "item_counts" not in state:
+        raise UserError(f"{path} was written before recommendations existed: train again")
+    cfg, vocabulary = build_config(state["config"]), read_vocabulary(state)
+    check_memory(cfg, vocabulary)
+    model = SequenceRecommender(cfg.model, cfg.loss, vocabulary)
+    load_weights(model, state, path)
+    return cfg, model
+
+
+def read_catalogue(state: dict) -> Catalogue:
+    items = state["items"]
+    ids = items if isinstance(items, list) else items.tolist()
+    return Catalogue(ids, state["titles"], state["genre_names"], state["item_counts"].numpy())
+
+
+def read_reads(cfg: Config, state: dict) -> Reads:
+    """What the model of a checkpoint reads of a person."""
+    values = state["values"]
+    codes = {name: values.get(name, []) for name in state["vocabulary"]["code_sizes"]}
+    times = cfg.model.model_name == "hstu" or cfg.model.time_tokens != "none"
+    return Reads(
+        max_len=cfg.model.max_len,
+        times=times and "last_time" in state,
+        request_time=cfg.model.request_time,
+        default_time=state.get("last_time", 0.0),
+        codes=codes,
+        profile={name: texts for name, texts in values.items() if name not in codes},
+        vector_per_user=cfg.model.user_embedding == "explicit",
+    )
+
+
+def describe_training(state: dict) -> str:
+    """ "epoch 18 (validation NDCG@10 .1802)" """
+    rows = [row for row in state["history"] if row["epoch"] == state["progress"].get("epoch", 0) - 1]
+    if not rows:
+        return "no whole epoch"
+    name, value = choosing_metric(rows[0], "valid/")
+    return f"epoch {rows[0]['epoch']} (validation {name} {value:.4f})"
+
+
+class TorchEngine:
+    """See recommender.Engine."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        with torch.inference_mode():
+            table = model.item_table().clone()
+        # The content of items never changes any more: it becomes part of their vectors.
+        model.item_embedding.weight.data, model.content = table, None
+        self.table = table.cpu().numpy()
+
+    def tensors(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+
+    @torch.inference_mode()
+    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        return self.model.encode(self.tensors(batch), last_only=True)[:, 0].cpu().numpy()
+
+    def start(self, batch: dict[str, np.ndarray]) -> tuple[History, np.ndarray]:
+        history = read(self.model, self.tensors(batch))
+        return history, history.hidden[0].cpu().numpy()
+
+    def extend(self, state: History, batch: dict[str, np.ndarray]) -> np.ndarray | None:
+        cfg = self.model.cfg
+        exact = cfg.window and cfg.n_layers * cfg.window < cfg.max_len
+        if state.num_actions.max() >= cfg.max_len and not exact:
+            return None
+        action = {name: tensor[:, 0] for name, tensor in self.tensors(batch).items() if tensor.dim() == 2}
+        action.pop("profiles", None)
+        return extend(self.model, state, action)[0].cpu().numpy()
+
+    @torch.inference_mode()
+    def probabilities(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        return self.model(self.tensors(batch)).double().sigmoid().float().cpu().numpy()
