@@ -25,15 +25,13 @@ from sklearn.metrics import roc_auc_score
 from test_bad_input import assert_refused
 
 import evaluate
-from data import load_dataset
 from evaluate import score_impressions
 from main import open_checkpoint
-from reclm.config import DataConfig
 from reclm.data import sources
 from reclm.errors import run_script
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
-import rank
+import recommend
 
 SPLIT = ["--dataset=tiny.csv", "--ctr_split=random"]
 MODEL = [flag for flag in TINY if "num_negatives" not in flag]
@@ -199,24 +197,23 @@ def test_refused(work, case):
 # ---------------------------------------------------------------- own candidates
 
 
-RANK = ["--candidates=c.csv", "--out=ranked.csv", "--ckpt_name=run/best.pth"]
+SCORE = ["--candidates=c.csv", "--out=scored.csv", "--ckpt_name=run/best.pth"]
 
 
 def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
     """The same probabilities as with one row per candidate."""
     table = [("u3", "i7"), ("u5", "i1"), ("u3", "i1"), ("u3", "i24")]
     (work / "c.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in table))
-    assert "4 candidates of 2 users" in here(*RANK, cwd=work, program=rank.main).ok().stdout
-    ranked = pd.read_csv(work / "ranked.csv")
-    assert (
-        ranked["user"].tolist() == ["u3"] * 3 + ["u5"] and ranked["probability"][:3].is_monotonic_decreasing
-    )
+    assert "4 candidates, written" in here(*SCORE, cwd=work, program=recommend.main).ok().stdout
+    ranked = pd.read_csv(work / "scored.csv")
+    assert ranked["user"].tolist() == ["u3"] * 3 + ["u5"] and ranked["place"].tolist() == [1, 2, 3, 1]
+    assert ranked["score"][:3].is_monotonic_decreasing
 
     monkeypatch.chdir(work)
     _, dataset, model = open_checkpoint({}, Path("run/best.pth"))
     raw = pd.read_csv("tiny.csv").sort_values("timestamp", kind="stable")
     number = {item: i + 1 for i, item in enumerate(dataset.items)}
-    for user, item, probability in ranked.itertuples(index=False):
+    for user, item, _, probability in ranked.itertuples(index=False):
         history = raw[raw["user"] == user]
         ids = [number[i] for i in history["item"]] + [number[item]]
         batch = {
@@ -236,21 +233,6 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
 )
 def test_unknown_candidates_are_refused(work, line, named):
     (work / "c.csv").write_text(f"user,item\nu1,i1\n{line}\n")
-    shown = here(*RANK, cwd=work, program=lambda: run_script(rank.main))
+    shown = here(*SCORE, cwd=work, program=lambda: run_script(recommend.main))
     assert shown.code == 2 and len(shown.errors) == 1 and all(name in shown.errors[0] for name in named)
-    assert not (work / "ranked.csv").exists()
-
-
-def test_many_candidates_of_one_user_become_several_sequences(work, monkeypatch):
-    monkeypatch.chdir(work)
-    import data
-
-    monkeypatch.setattr(data, "MAX_CANDIDATES", 3)
-    dataset = load_dataset(DataConfig(dataset="tiny.csv", ctr_split="random"), "ctr")
-    table = pd.DataFrame({"user": ["u3"] * 7 + ["u5"], "item": [f"i{i}" for i in (5, 1, 9, 2, 7, 3, 4, 8)]})
-    asked, order = rank.ask(dataset, table)
-    shown = data.Impressions(asked, 200, split="asked")
-    assert sorted(shown.counts.tolist()) == [1, 1, 3, 3]
-    batch = shown.build(np.arange(4))
-    items = batch["candidate_ids"][batch["labels"] >= 0]
-    assert dataset.items[items.numpy() - 1].tolist() == table["item"].iloc[order].tolist()
+    assert not (work / "scored.csv").exists()

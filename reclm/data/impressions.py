@@ -9,7 +9,7 @@ import pandas as pd
 from reclm.config import DataConfig
 from reclm.errors import UserError
 
-SPLITS = {"train": 0, "valid": 1, "test": 2, "asked": 3}  # the last: candidates without a label
+SPLITS = {"train": 0, "valid": 1, "test": 2}
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 DAY = 86400
 

@@ -102,7 +102,8 @@ class Catalogue:
         text = text.strip()
         if text in self.by_id:
             return self.by_id[text]
-        found = self.by_name.get(plain(text), []) if self.titled else []
+        year, name = YEAR.search(text), plain(YEAR.sub("", text))
+        found = self.by_name.get(f"{name} {year[1]}" if year else name, []) if self.titled else []
         exact = [number for number in found if self.titles[number - 1].casefold() == text.casefold()]
         found = exact or found
         if len(found) == 1:
@@ -144,9 +145,9 @@ class Catalogue:
         return [number for number, _ in found[:k]]
 
     @lru_cache(maxsize=32)  # noqa: B019 (a catalogue lives as long as its model)
-    def allowed(self, filters: Filters) -> np.ndarray:
-        """(V,) bool: may be recommended, seen items aside. Raises UserError for an unknown genre, for genres
-        or years that the data do not have, and for a range of years that is empty."""
+    def left_out(self, filters: Filters) -> np.ndarray:
+        """(V,) bool: may not be recommended, seen items aside. Raises UserError for an unknown genre, for
+        genres or years that the data do not have, and for a range of years that is empty."""
         allowed = np.ones(len(self) + 1, bool)
         allowed[0] = False
         if filters.genres:
@@ -171,5 +172,6 @@ class Catalogue:
             listed[list(filters.candidates)] = True
             allowed &= listed
         allowed[list(filters.exclude)] = False
-        allowed.flags.writeable = False
-        return allowed
+        left_out = ~allowed
+        left_out.flags.writeable = False  # it is kept for the next call
+        return left_out

@@ -174,17 +174,18 @@ class Recommender:
             raise UserError(f"k={k} must be at least 1")
         if self.is_ctr:
             return [self.best_of_candidates(person, k, filters) for person in people]
-        hidden = self.engine.hidden(make_batch(people, self.reads))
-        return [self.best_of(h, person, k, filters) for h, person in zip(hidden, people, strict=True)]
+        scores = self.engine.hidden(make_batch(people, self.reads)) @ self.engine.table.T  # (B, V)
+        return [self.best_of(row, person, k, filters) for row, person in zip(scores, people, strict=True)]
 
     def best_of(
-        self, hidden: np.ndarray, person: Person, k: int, filters: Filters
+        self, scores: np.ndarray, person: Person, k: int, filters: Filters
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(item numbers, scores) of a user embedding (D,)."""
-        # Filters come before the choice of k: the other order would return fewer than k.
-        scores = np.where(self.catalogue.allowed(filters), self.engine.table @ hidden, -np.inf)
-        if not np.isfinite(scores[scores > -np.inf]).all():
+        """(item numbers, scores), (n,) each with n <= k, from the scores (V,) of all items, which change.
+        Raises UserError if they are not finite."""
+        if not np.isfinite(scores.sum()):
             raise UserError("the model gives non-finite scores: use another checkpoint")
+        # Filters come before the choice of k: the other order would return fewer than k.
+        scores[self.catalogue.left_out(filters)] = -np.inf
         if not self.includes_seen(filters):
             scores[person.items] = -np.inf  # of the whole history, not only what the model sees of it
         chosen = top_k(scores, k)
@@ -197,7 +198,7 @@ class Recommender:
 
     def best_of_candidates(self, person: Person, k: int, filters: Filters) -> tuple[np.ndarray, np.ndarray]:
         """The same with a model of --task=ctr, whose scores are probabilities of a positive action."""
-        allowed = self.catalogue.allowed(filters).copy()
+        allowed = ~self.catalogue.left_out(filters)
         if not self.includes_seen(filters):
             allowed[person.items] = False
         candidates = np.flatnonzero(allowed)
@@ -207,13 +208,17 @@ class Recommender:
         chosen = top_k(probabilities, k)
         return candidates[chosen], probabilities[chosen]
 
-    def probabilities(self, person: Person, candidates: np.ndarray) -> np.ndarray:
-        """Item numbers (C,) -> (C,) probabilities of a positive action on each, as the next one."""
+    def probabilities(
+        self, person: Person, candidates: np.ndarray, times: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Item numbers (C,) -> (C,) probabilities of a positive action on each, as the next one, at
+        `times` (C,) [default: that of the request]."""
         batch = make_batch([person], self.reads)
         shape = (1, len(candidates))
         batch |= {"candidate_ids": candidates[None], "history_lengths": np.full(shape, batch["lengths"][0])}
         if self.reads.times:
-            batch["candidate_times"] = np.full(shape, batch["next_timestamps"][0, batch["lengths"][0] - 1])
+            at = np.full(len(candidates), person.request_time(self.reads)) if times is None else times
+            batch["candidate_times"] = at[None]
         if "contexts" in self.reads.codes:
             batch["candidate_contexts"] = np.zeros(shape, np.int64)
         return self.engine.probabilities(batch)[0]
@@ -228,7 +233,7 @@ class Recommender:
     def popular(self, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
         """The k most used items of the training data, with their number of actions as score."""
         counts = np.concatenate([[0], self.catalogue.counts]).astype(np.float64)
-        counts[~self.catalogue.allowed(filters)] = -np.inf
+        counts[self.catalogue.left_out(filters)] = -np.inf
         chosen = top_k(counts, k)
         return self.items(chosen, counts[chosen])
 
@@ -243,9 +248,8 @@ class Recommender:
     def similar(self, item: str, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
         """The k items whose factors have the largest cosine with those of an item, which is the score."""
         number = self.catalogue.number(item)
-        cosines = np.where(
-            self.catalogue.allowed(filters), self.directions @ self.directions[number], -np.inf
-        )
+        cosines = self.directions @ self.directions[number]
+        cosines[self.catalogue.left_out(filters)] = -np.inf
         cosines[number] = -np.inf
         chosen = top_k(cosines, k)
         return self.items(chosen, cosines[chosen])
@@ -337,4 +341,5 @@ class Session:
         if self.hidden is None:
             raise UserError("an empty history: add an item first")
         recommender = self.recommender
-        return recommender.items(*recommender.best_of(self.hidden, self.person, k, filters))
+        scores = recommender.engine.table @ self.hidden
+        return recommender.items(*recommender.best_of(scores, self.person, k, filters))

@@ -13,7 +13,7 @@ from reclm.errors import UserError
 from reclm.metrics import choosing_metric
 from reclm.nn.incremental import History, extend, read
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
-from reclm.run.process import check_memory
+from reclm.run.process import check_memory, keep_freed_memory
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
 from reclm.serve.recommender import About
@@ -26,6 +26,7 @@ def open_checkpoint(path: Path, device: str = "cpu") -> Opened:
     Raises UserError for a file that is missing, damaged, or older than what inference needs."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or give the path of a .pth file")
+    keep_freed_memory()
     state = load_checkpoint(path)
     cfg, model = build_model(state, path)
     catalogue = read_catalogue(state)

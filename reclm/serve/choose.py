@@ -1,0 +1,31 @@
+"""The flags of scripts that name a model to use."""
+
+import argparse
+from pathlib import Path
+
+from reclm.serve.recommender import Recommender
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ckpt_name",
+        default="best.pth",
+        help="checkpoint, a file name in out_dir or a path, or a folder that scripts/export.py has written "
+        "[best.pth]",
+    )
+    parser.add_argument("--out_dir", help="folder of the run [runs/latest, or that of the checkpoint]")
+
+
+def open_recommender(args: argparse.Namespace) -> Recommender:
+    """The recommender that the flags name. Raises UserError if there is none."""
+    return Recommender.load(model_path(args.ckpt_name, args.out_dir))
+
+
+def model_path(ckpt_name: str, out_dir: str | None = None) -> Path:
+    """The file or folder to load. Raises UserError if there is none."""
+    if Path(ckpt_name).is_dir() and out_dir is None:
+        return Path(ckpt_name)
+    from reclm.run import checkpoint, folder  # torch, which an exported model does without
+
+    given = {"ckpt_name": ckpt_name} | ({"out_dir": out_dir} if out_dir else {})
+    return checkpoint.find_checkpoint(ckpt_name, folder.chosen_dir(given))
