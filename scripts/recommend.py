@@ -8,7 +8,8 @@
     python scripts/recommend.py --candidates=pairs.csv --out=scored.csv     # your own pairs of user and item
 
 A history is separated by semicolons, or a text file with one item per line, oldest first. Where the model
-reads ratings, they follow the item: "Heat (1995)=5; 260=3". Items of the history are left out, of the whole
+reads ratings and times, they follow the item: "Heat (1995)=5@2001-05-01T20:00; ..."; items without times are
+taken to be used at the time of the request. Items of the history are left out, of the whole
 history, even where the model sees only the last part of it. Filters come before the best k are taken.
 
 With a checkpoint of --task=ctr, the score is the probability of a positive action. --candidates is a text
@@ -97,17 +98,18 @@ def recommend_to_one(args: argparse.Namespace) -> None:
     recommender = open_recommender(args)
     person = person_of(args, recommender)
     filters = filters_of(args, recommender)
-    if args.user is not None:
-        show_person(recommender, person, args.user)
+    scorer, reader = recommender, person
     if args.rerank:
-        ctr = Recommender.load(model_path(args.rerank))
-        items = rerank(recommender, person, filters, ctr, person_of(args, ctr), args.k)
-        recommender, person = ctr, person_of(args, ctr)
+        scorer = Recommender.load(model_path(args.rerank))
+        reader = person_of(args, scorer)
+        items = rerank(recommender, person, filters, scorer, reader, args.k)
     else:
         items = recommender.recommend(person, args.k, filters)
-    reasons = recommender.why(person, [item.id for item in items]) if args.why else []
+    reasons = scorer.why(reader, [item.id for item in items]) if args.why else []
+    if args.user is not None:
+        show_person(recommender, person, args.user)
     lines = ["because of " + ", ".join(f"{r.title} ({r.drop:+.2f})" for r in row) for row in reasons]
-    show(items, args.k, "probability" if recommender.is_ctr else "score", lines)
+    show(items, args.k, "probability" if scorer.is_ctr else "score", lines)
 
 
 def rerank(

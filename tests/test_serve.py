@@ -10,9 +10,9 @@ from test_incremental import BLOCKS, MAX_LEN, NUM_ITEMS, ROWS, build
 
 from reclm.errors import UserError
 from reclm.serve import Catalogue, Filters, Person, Recommender
+from reclm.serve.about import About
 from reclm.serve.catalogue import names_of, plain
 from reclm.serve.person import Reads, make_batch
-from reclm.serve.recommender import About
 from reclm.serve.top_k import BLOCK, top_k
 from reclm.serve.trained import TorchEngine
 
@@ -298,7 +298,10 @@ def test_the_reasons_are_those_of_leaving_each_item_out():
         for removed in set(person.items.tolist()):
             rest = person.keep(person.items != removed)
             drops[removed] = before[number] - scores_of(recommender, rest)[number]
-        wanted = sorted((n for n in drops if drops[n] > 0), key=lambda n: -drops[n])[:2]
+        wanted = sorted((n for n in drops if drops[n] > 0), key=lambda n: -drops[n])
+        everything = recommender.why(person, [item.id], most=99)[0]
+        assert [int(reason.id) - 99 for reason in everything] == wanted != drops.keys()
+        wanted = wanted[:2]
         assert [int(reason.id) - 99 for reason in reasons] == wanted
         assert [reason.drop for reason in reasons] == pytest.approx([drops[n] for n in wanted], abs=1e-4)
     latest = {str(99 + number) for number in person.items[-2:]}
@@ -382,6 +385,7 @@ def test_ratings_and_profiles_become_codes():
         ("profile", {"profile": {"gender": "x"}}, "gender: 'x' is not one of F, M"),
         ("profile", {"profile": {"age": "old"}}, "age: 'old' is not one of"),
         ("plain", {"at": 1.0}, "does not read times"),
+        ("plain", {"times": [1.0]}, "does not read times"),
         ("time embedding", {"at": float("inf")}, "finite"),
         ("time embedding", {"times": [5.0], "at": 4.0}, "in order"),
         ("user", {}, "a vector per user"),

@@ -24,9 +24,9 @@ LATEST = ROOT / "latest"
 def chosen_dir(given: dict) -> Path:
     """The existing run folder for --eval_only: --out_dir, else the folder of the checkpoint whose path is
     --ckpt_name, else the run that runs/latest points to. Raises UserError if it does not exist."""
-    ckpt = Path(given.get("ckpt_name", ""))
-    if "out_dir" not in given and len(ckpt.parts) > 1 and ckpt.is_file():
-        return ckpt.parent
+    ckpt = given.get("ckpt_name", "")
+    if "out_dir" not in given and os.path.dirname(ckpt) and os.path.isfile(ckpt):
+        return Path(ckpt).parent
     folder = settle(Path(given.get("out_dir") or LATEST))
     if not folder.is_dir():
         raise UserError(f"no run in {folder}: train first (--eval_only=false) or give the --out_dir of a run")

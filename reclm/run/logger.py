@@ -21,6 +21,11 @@ def say(text: str = "") -> None:
         sys.stdout.flush()  # so that a log file is up to date
 
 
+def progress_bar(total: int, unit: str) -> tqdm:
+    """A progress bar of the main process, none in the others."""
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not dist.is_main())
+
+
 class Logger:
     """Writes the log of one run to out_dir. In a resumed run, `history` has the rows of earlier epochs.
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
-from tqdm import tqdm
 
 from reclm.run import dist
+from reclm.run.logger import progress_bar
 from reclm.serve.catalogue import Catalogue, Filters
 from reclm.serve.recommender import AT_ONCE, Recommender
 
@@ -40,7 +40,7 @@ def in_turn(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
     """This process's share of the batches, with a progress bar in users of all processes."""
     mine = parts[dist.data_rank() :: dist.data_world()]
     share = len(mine) / max(len(parts), 1)
-    with tqdm(total=sum(map(len, parts)), unit=" users", disable=None if dist.is_main() else True) as bar:
+    with progress_bar(sum(map(len, parts)), " users") as bar:
         for part in mine:
             yield part
             bar.update(round(len(part) / share))

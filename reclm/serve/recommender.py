@@ -10,6 +10,7 @@ import numpy as np
 
 from reclm.data.histories import Histories, read_histories
 from reclm.errors import UserError
+from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue, Filters
 from reclm.serve.person import Person, Reads, make_batch
 from reclm.serve.top_k import top_k
@@ -57,16 +58,6 @@ class Engine(Protocol):
         """candidate_ids (B, C) after each history -> (B, C), of a positive action; --task=ctr only"""
 
 
-@dataclass
-class About:
-    """What a checkpoint or an export says about its model."""
-
-    config: dict[str, Any]  # all settings
-    dataset: str
-    protocol: str
-    trained: str  # epoch and its validation metric, as a person reads it
-
-
 class Recommender:
     """Recommends items to persons of the training data and to new ones. Build it with `load`.
 
@@ -100,6 +91,10 @@ class Recommender:
         return read_histories(self.histories_file)
 
     @property
+    def knows_users(self) -> bool:
+        return self.histories_file is not None and self.histories_file.is_file()
+
+    @property
     def is_ctr(self) -> bool:
         return self.about.config["task"] == "ctr"
 
@@ -126,8 +121,8 @@ class Recommender:
         if any(rating is not None for rating in ratings):
             read = self.reads.code
             codes["actions"] = np.array([0 if r is None else read("actions", str(r)) for r in ratings])
-        if at is not None and not self.reads.times:
-            raise UserError("this model does not read times: leave the time of the request out")
+        if (at is not None or len(times)) and not self.reads.times:
+            raise UserError("this model does not read times: leave them out")
         moments = np.array([*times, *([] if at is None else [at])], np.float64)
         if not np.isfinite(moments).all() or (np.diff(moments) < 0).any():
             raise UserError("times must be finite, in order and not after the request")
@@ -325,7 +320,7 @@ class Session:
         asked = before.request_time(reads)
         if reads.times and time is None:
             time = asked
-        times = () if time is None else (time,)
+        times = (time,) if reads.times else ()
         new = self.recommender.person([item], [rating], at=next_time, times=times)
         self.person = before.followed_by(new, reads)
         # What the model made of the last action may depend on when the next request would come.

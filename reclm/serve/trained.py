@@ -14,9 +14,9 @@ from reclm.metrics import choosing_metric
 from reclm.nn.incremental import History, extend, read
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
 from reclm.run.process import check_memory, keep_freed_memory
+from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
-from reclm.serve.recommender import About
 
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
@@ -30,10 +30,9 @@ def open_checkpoint(path: Path, device: str = "cpu") -> Opened:
     state = load_checkpoint(path)
     cfg, model = build_model(state, path)
     catalogue = read_catalogue(state)
-    histories = path.parent / FILE
     about = About(cfg.flat(), state["dataset"], state["protocol"], describe_training(state))
     engine = TorchEngine(model.to(device))
-    return engine, catalogue, read_reads(cfg, state), about, histories if histories.is_file() else None
+    return engine, catalogue, read_reads(cfg, state), about, path.parent / FILE
 
 
 def build_model(state: dict, path: Path) -> tuple[Config, nn.Module]:

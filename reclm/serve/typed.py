@@ -28,12 +28,14 @@ def read_list(flag: str, text: str) -> list[str]:
     return entries
 
 
-def split_rating(entry: str, catalogue: Catalogue) -> tuple[str, str | None]:
-    """ "Heat (1995)=5" -> ("Heat (1995)", "5"); without a rating, or if all is an item, (entry, None)"""
-    item, equals, rating = entry.rpartition("=")
-    if not equals or entry in catalogue.by_id or entry in catalogue.titles:
-        return entry, None
-    return item.strip(), rating.strip()
+def split_entry(entry: str, catalogue: Catalogue) -> tuple[str, str | None, float | None]:
+    """ "Heat (1995)=5@2001-05-01" -> (item, rating or None, seconds since 1970 or None). Raises UserError."""
+    if entry in catalogue.by_id or entry in catalogue.titles:
+        return entry, None, None
+    rest, at, time = entry.rpartition("@")
+    item, equals, rating = (rest if at else entry).rpartition("=")
+    item = item if equals else rating
+    return item.strip(), rating.strip() if equals else None, read_time(time.strip()) if at else None
 
 
 def read_profile(text: str | None) -> dict[str, str]:
@@ -51,7 +53,7 @@ def read_time(text: str | None) -> float | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"--at={text:.80} must look like 2001-05-01T20:00") from None
+        raise UserError(f"the time {text!r:.60} must look like 2001-05-01T20:00") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -71,9 +73,11 @@ def read_person(
             last = datetime.fromtimestamp(person.times[-1], UTC)
             raise UserError(f"--at={at} is before the last action of user {user} ({last:%Y-%m-%dT%H:%M})")
         return person
-    entries = [split_rating(entry, recommender.catalogue) for entry in read_list("history", history or "")]
-    items, ratings = zip(*entries, strict=True)
-    return recommender.person(items, ratings, read_profile(profile), moment)
+    entries = [split_entry(entry, recommender.catalogue) for entry in read_list("history", history or "")]
+    items, ratings, times = zip(*entries, strict=True)
+    if any(time is not None for time in times) and None in times:
+        raise UserError("--history has times for some items only: give one for each, or none")
+    return recommender.person(items, ratings, read_profile(profile), moment, [] if None in times else times)
 
 
 def read_filters(
