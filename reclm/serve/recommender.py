@@ -15,7 +15,7 @@ from reclm.serve.catalogue import Catalogue, Filters
 from reclm.serve.person import Person, Reads, make_batch
 from reclm.serve.top_k import top_k
 
-AT_ONCE = 128  # persons in one pass through the model
+AT_ONCE = 64  # persons in one pass through the model
 EVERYTHING = Filters()
 
 
