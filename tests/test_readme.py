@@ -120,7 +120,7 @@ def test_the_commands_of_rows(folder):
 
 def test_the_commands_of_ctr(folder):
     """As they stand, but for the length of the training and, to save seconds, the number of processes."""
-    train, evaluate, rank, match, start, *baselines = commands_of("ctr.md")
+    train, evaluate, score, match, start, *baselines = commands_of("ctr.md")
     assert len(baselines) == 2  # tests/test_ctr_baselines.py runs them
     for command in (train, evaluate):
         here(*flags_of(command), *["--num_epochs=1"] * (command == train), cwd=folder).ok()
@@ -129,10 +129,10 @@ def test_the_commands_of_ctr(folder):
     assert "AUC" in result["test"] and "at least 1 s before" in result["protocol"]
     assert "at least 3600 s before" in evaluated["protocol"]
     (folder / "candidates.csv").write_text("user,item\n1,4\n2,7\n")
-    script, *flags = shlex.split(rank)[1:]
+    script, *flags = shlex.split(score)[1:]
     env = os.environ | {"RECLM_DATA": "data"}
     subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, env=env, check=True)
-    assert len((folder / "ranked.csv").read_text().splitlines()) == 3
+    assert len((folder / "scored.csv").read_text().splitlines()) == 3
     for command in (match, start):
         shown = here(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
     assert "started from runs/matching/best.pth" in shown.stdout
