@@ -22,6 +22,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAIN = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=false"
 EVALUATE = "torchrun --standalone --nproc_per_node=2 main.py --eval_only=true --ckpt_name='epoch_15.pth'"
 
+SERVE = "pip install -r requirements-serve.txt && python scripts/serve.py"  # tests/test_server.py
+
+
+FILMS = ["Alien (1979)", "Blade Runner (1982)", "Matrix, The (1999)"]  # of the README
+FILMS += [f"Film {number} ({1960 + number})" for number in range(4, 41)]
+
 
 def flags_of(command):
     return [word for word in shlex.split(command.partition("main.py")[2]) if word.startswith("--")]
@@ -51,7 +57,7 @@ def folder(tmp_path_factory):
             for u in range(1, 61) for t in range(6 + u % 9)
         ],
         "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
-        "movies.dat": [f"{i}::Film {i} ({1960 + i})::{('War', 'War|Drama')[i % 2]}" for i in range(1, 41)],
+        "movies.dat": [f"{i}::{title}::{('War', 'War|Drama')[i % 2]}" for i, title in enumerate(FILMS, 1)],
     }  # fmt: skip
     for name, rows in made.items():
         (folder / "data" / "ml-1m" / name).write_text("\n".join(rows) + "\n")
@@ -71,6 +77,18 @@ def test_the_two_commands_of_the_readme(folder):
     shown = Running(2, *flags_of(EVALUATE), cwd=folder).finish().ok().stdout
     evaluated = read_json(folder / "runs" / "latest" / "eval-epoch_15.json")
     assert f"{evaluated['test']['NDCG@10']:.4f}" in shown
+
+
+def test_the_command_that_recommends(folder):
+    """After the training above: five titles, none of the three."""
+    (command,) = (line for line in COMMANDS if "recommend.py" in line)
+    script, *flags = shlex.split(command)[1:]
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], cwd=folder, capture_output=True, text=True, check=True
+    )
+    rows = [line for line in shown.stdout.splitlines() if line[:4].strip().isdigit()]
+    assert len(rows) == 5 and all("  Film " in row and "War" in row for row in rows)
+    assert len(rows[0]) < 90 and README.count("\n   5  Clockwork") == 1
 
 
 def test_the_commands_for_own_data(folder):
@@ -139,12 +157,13 @@ def test_the_commands_of_ctr(folder):
 
 
 def test_every_command_is_tried_or_is_the_test_command():
-    known = {COMMANDS[0], COMMANDS[1], "pip install -r requirements-dev.txt && pytest"}
-    assert {line for line in COMMANDS if "clicks.csv" not in line} == known
+    known = {COMMANDS[0], COMMANDS[1], SERVE, "pip install -r requirements-dev.txt && pytest"}
+    tried = ("clicks.csv", "recommend.py")
+    assert {line for line in COMMANDS if not any(name in line for name in tried)} == known
 
 
 def test_it_stays_short():
-    assert len(README.splitlines()) <= 130
+    assert len(README.splitlines()) <= 150
     assert [line for line in README.splitlines() if len(line) > 110] == []
 
 
