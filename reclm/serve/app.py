@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -18,9 +18,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from reclm.errors import UserError
 from reclm.serve import schemas
-from reclm.serve.catalogue import Filters
+from reclm.serve.arguments import check_length, filters_of, not_found, numbers_of, person_of
 from reclm.serve.middleware import Gate, Metrics, error_response
-from reclm.serve.person import Person
 from reclm.serve.recommender import Item, Session
 from reclm.serve.schemas import MOST_K, MOST_QUERY, MOST_WHY
 from reclm.serve.service import Limits, Model, Service, Source
@@ -86,60 +85,11 @@ ANSWERS = {
 }
 
 
-def not_found(text: str) -> HTTPException:
-    return HTTPException(404, text)
-
-
-# ---------------------------------------------------------------- requests -> arguments of the recommender
+# ---------------------------------------------------------------- results -> JSON
 
 
 def service_of(request: Request) -> Service:
     return request.app.state.service
-
-
-def numbers_of(model: Model, ids: Sequence[str]) -> list[int]:
-    """Item numbers. Raises 404 naming the first unknown id."""
-    known = model.recommender.catalogue.by_id
-    try:
-        return [known[item] for item in ids]
-    except KeyError as error:
-        raise not_found(f"there is no item with the id {error.args[0]!r:.80}") from None
-
-
-def filters_of(model: Model, allowed: schemas.Allowed) -> Filters:
-    """Raises 404, or UserError for unknown genres and empty ranges."""
-    filters = Filters(
-        genres=tuple(allowed.genres),
-        years=tuple(allowed.years) if allowed.years else None,
-        exclude=tuple(numbers_of(model, allowed.exclude)),
-        candidates=None if allowed.candidates is None else tuple(numbers_of(model, allowed.candidates)),
-        min_count=allowed.min_count,
-        include_seen=allowed.include_seen,
-    )
-    model.recommender.catalogue.allowed(filters)
-    return filters
-
-
-def person_of(service: Service, model: Model, asked: schemas.Someone) -> Person:
-    """Raises 404, 413, or UserError for what the model does not know or read."""
-    check_length(service, len(asked.items))
-    ids = [entry if isinstance(entry, str) else entry.id for entry in asked.items]
-    numbers_of(model, ids)
-    ratings = [getattr(entry, "rating", None) for entry in asked.items]
-    times = [getattr(entry, "time", None) for entry in asked.items]
-    if not any(time is not None for time in times):
-        times = []
-    elif None in times:
-        raise UserError("times: give one for each item, or none")
-    return model.recommender.person(ids, ratings, asked.profile, asked.at, times)
-
-
-def check_length(service: Service, length: int) -> None:
-    if length > service.limits.max_history:
-        raise HTTPException(413, f"{length:,} items, but a history may have {service.limits.max_history:,}")
-
-
-# ---------------------------------------------------------------- results -> JSON
 
 
 encode = json.JSONEncoder(allow_nan=False).encode

@@ -20,8 +20,6 @@ from reclm.serve.person import Person
 from reclm.serve.recommender import Recommender, Session
 
 LONGEST_IN_LOOP = 0.004  # seconds of a pass up to which it runs in the event loop, see Line
-    __import__("os").environ.get("LIL", "0.004")
-)  # seconds of a pass up to which it runs in the event loop, see Line
 SLICE_SECONDS = 0.02
 POLL_SECONDS = 1.0
 
