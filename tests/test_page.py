@@ -6,6 +6,7 @@ shows against the Recommender called directly."""
 import re
 import shutil
 import signal
+import sys
 from urllib.parse import urlsplit
 
 import pytest
@@ -20,6 +21,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from reclm.serve import Filters, Recommender
+
+sys.path.insert(0, str(MAIN.parent / "scripts"))
+import screenshot
 
 PAGE = MAIN.parent / "reclm" / "serve" / "page.html"
 SERVE = MAIN.parent / "scripts" / "serve.py"
@@ -67,6 +71,11 @@ def address(run):
     yield found()[0]
     server.process.send_signal(signal.SIGTERM)
     server.finish()
+
+
+def test_the_picture_of_the_page(address, tmp_path):  # before `browser`: there is one Playwright at a time
+    screenshot.take(address, ("quiet harbour", "quiet orchard"), tmp_path / "docs" / "page.png")
+    assert (tmp_path / "docs" / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
