@@ -46,14 +46,19 @@ def shown(number):
     return f"The {name.removesuffix(', The')}" if name.endswith(", The") else name
 
 
+def write_films(folder):
+    """A data set of invented films with genres, years and users."""
+    write_csv(folder / "films.csv")
+    rows = [f'i{n},"{title(n)}",{("Comedy|Drama", "Drama", "Western")[n % 3]}' for n in range(25)]
+    (folder / "films.items.csv").write_text("\n".join(["item,title,genres", *rows]) + "\n")
+    users = [f"u{n},{'FM'[n % 2]}" for n in range(39)]
+    (folder / "films.users.csv").write_text("\n".join(["user,gender", *users]) + "\n")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    work = tmp_path_factory.mktemp("page")
-    write_csv(work / "films.csv")
-    rows = [f'i{n},"{title(n)}",{("Comedy|Drama", "Drama", "Western")[n % 3]}' for n in range(25)]
-    (work / "films.items.csv").write_text("\n".join(["item,title,genres", *rows]) + "\n")
-    users = [f"u{n},{'FM'[n % 2]}" for n in range(39)]
-    (work / "films.users.csv").write_text("\n".join(["user,gender", *users]) + "\n")
+    work = write_films(tmp_path_factory.mktemp("page"))
     here(*TINY, *RICH, "--dataset=films.csv", "--num_epochs=1", "--out_dir=run", cwd=work).ok()
     return work / "run"
 
