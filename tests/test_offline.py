@@ -78,6 +78,29 @@ def test_its_answers_are_those_of_the_model(opened):
     assert np.mean(common) >= 0.9
 
 
+def rounded(weight, largest):
+    scales = weight.abs().amax(1, keepdim=True) / largest
+    return (weight / scales.clamp(min=1e-30)).round() * scales
+
+
+def test_the_forward_pass_is_exact(opened):
+    """Against torch with the same rounded weights"""
+    page, ours = opened
+    model, whole = ours.engine.model, [f"i{n}" for n in (3, 9, 14, 2, 20, 7, 11, 4, 4, 19)] * 2
+    model.item_embedding.weight.data = rounded(model.item_embedding.weight.data, 127)
+    ours.engine.table = model.item_embedding.weight.numpy()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and name != "item_embedding.weight":
+            weight.data = rounded(weight.data, 255)
+    marks = [str(1 + n % 5) for n in range(20)] if ours.reads.codes else []
+    items = [{"id": item, "rating": mark} for item, mark in zip(whole, marks or [None] * 20, strict=True)]
+    filters = {"include_seen": True}
+    (answer,) = page.evaluate(ASK, [["/recommend", {"items": items, "k": 25, "filters": filters}]])
+    expected = ours.recommend(ours.person(whole, marks), 25, Filters(include_seen=True))
+    scores = {item["id"]: item["score"] for item in answer["items"]}
+    assert scores == pytest.approx({item.id: item.score for item in expected}, abs=1e-4)
+
+
 def test_reasons_similar_items_and_search(opened):
     page, ours = opened
     whole = [f"i{n}" for n in (3, 9, 14, 2, 20)]

@@ -1,19 +1,27 @@
-// Answers the requests of page.html without a server: the data and int8 weights that offline.py has written, the
+// Answers the requests of page.html without a server: the data and weights that offline.py has written, the
 // forward pass of the model, and the part of the API that the page uses. Vectors are Float32Arrays.
 "use strict";
 async function start() {
-const data = Uint8Array.from(atob(document.getElementById("data").textContent), letter => letter.charCodeAt(0));
-const unpacked = new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip"));
+const { textContent, dataset } = document.getElementById("data"), text = textContent.replace(/z/g, "!!!!!"); // Ascii85
+const data = new DataView(new ArrayBuffer(text.length / 5 * 4));
+for (let i = 0, word = 0; i < text.length; i++) {
+  const code = text.charCodeAt(i);
+  word = (i % 5 ? word * 85 : 0) + (code === 118 ? 60 : code) - 33;
+  if (i % 5 === 4) data.setUint32((i - 4) / 5 * 4, word);
+}
+const unpacked = new Blob([data.buffer.slice(0, dataset.bytes)]).stream().pipeThrough(new DecompressionStream("gzip"));
 const raw = await new Response(unpacked).arrayBuffer(), end = 4 + new DataView(raw).getUint32(0, true);
 const { model, ids, titles, genres, counts, net } = JSON.parse(new TextDecoder().decode(raw.slice(4, end)));
 const { dim, heads, kvHeads, window: reach, layers, norm, placeBuckets, placeWidth } = net;
 const size = dim / heads, shared = heads / kvHeads, maxLen = model.reads.max_len;
 
 // ---- weights: rows of int8, each times a scale of its own
-function matrix({ rows, width, at }) {
-  const values = new Int8Array(raw, end + at, rows * width), out = new Float32Array(rows * width);
-  const scales = new Float32Array(raw.slice(end + at + rows * width, end + at + rows * (width + 4)));
-  for (let i = 0; i < out.length; i++) out[i] = values[i] * scales[Math.floor(i / width)];
+function matrix({ rows, width, bytes, at }) { // integers of one or two bytes, low bytes first
+  const out = new Float32Array(rows * width), begin = end + at, after = begin + bytes * out.length;
+  const low = new Uint8Array(raw, begin, out.length), high = new Int8Array(raw, after - out.length, out.length);
+  const scales = new Float32Array(raw.slice(after, after + 4 * rows));
+  for (let i = 0; i < out.length; i++)
+    out[i] = (bytes === 1 ? high[i] : high[i] * 256 + low[i]) * scales[Math.floor(i / width)];
   return Array.from({ length: rows }, (_, row) => out.subarray(row * width, (row + 1) * width));
 }
 const table = matrix(net.table), places = net.places && matrix(net.places), ratings = net.ratings && matrix(net.ratings);
