@@ -46,12 +46,17 @@ MEANINGS = {
 
 def main() -> None:
     parser = ScriptParser(__doc__)
-    add = parser.add_argument
-    add("--ckpt_name", default="best.pth", help="checkpoint file [default: best.pth of the latest run]")
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--overwrite", action="store_true", help="replace an earlier export")
-    add("--quantize", choices=["none", "int8"], default="none", help="int8: a third of the bytes")
-    add("--with_users", action="store_true", help="add what each user did (histories.npz): personal data")
+    parser.add_argument(
+        "--ckpt_name", default="best.pth", help="checkpoint file [default: best.pth of the latest run]"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--quantize", choices=["none", "int8"], default="none", help="int8: a third of the bytes"
+    )
+    parser.add_argument(
+        "--with_users", action="store_true", help="add what each user did (histories.npz): personal data"
+    )
     args = parser.parse_args()
     args.out = args.out.resolve()
     check_folder(args.out, args.overwrite)

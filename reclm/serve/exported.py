@@ -79,8 +79,8 @@ def read_items(path: Path) -> Catalogue:
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(path).read(["id", "title", "genres", "count"], use_threads=False)
-    ids, titles, genres = (table[name].to_pylist() for name in ("id", "title", "genres"))
-    return Catalogue(ids, titles if titles != ids else (), genres, table["count"].to_numpy())
+    ids, titles, genres, counts = (column.to_pylist() for column in table.columns)  # to_numpy needs pandas
+    return Catalogue(ids, titles if titles != ids else (), genres, np.array(counts))
 
 
 def open_graph(path: Path) -> Any:

@@ -59,14 +59,15 @@ class Step(nn.Module):
             times = torch.cat([row["past_times"], times], dim=1)
         rotary, window = self.rotary[earlier : positions.shape[1]], model.cfg.window
         ctx = Context(positions[:, earlier:], positions, rotary, window, times, row.get("query_times"))
-        caches = [Past(*layer) for layer in past]
+        layers = past.flatten(0, 1).unbind(0)
+        caches = [Past(*pair) for pair in zip(layers[::2], layers[1::2], strict=True)]
         table = model.item_table()
         x = model.embed(row, table)
         for layer, cache in zip(model.layers, caches, strict=True):
             x = layer(x, ctx if layer is not model.layers[-1] else ctx.only(row["last"]), cache)
         hidden = model.norm(x)[:, 0]
-        present = torch.stack([torch.stack([cache.keys, cache.values]) for cache in caches])
-        return hidden, hidden @ table.T, present, table
+        present = torch.stack([part for cache in caches for part in (cache.keys, cache.values)])
+        return hidden, hidden @ table.T, present.unflatten(0, (-1, 2)), table
 
 
 def most_actions(model: SequenceRecommender) -> int:
