@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
-from reclm.run import checkpoint, folder
+from reclm.run.checkpoint import load_checkpoint
 from reclm.run.output import ScriptParser, writing
 from reclm.run.report import commit
 from reclm.serve.catalogue import Catalogue
+from reclm.serve.choose import add_model_flags, model_path
 from reclm.serve.exported import CONFIG, FORMAT, GRAPH, HISTORIES, ITEMS, README, Layout, missing, sha256
 from reclm.serve.person import Reads
 from reclm.serve.step import check_exportable, example, most_actions, write_graph
@@ -46,9 +47,7 @@ MEANINGS = {
 
 def main() -> None:
     parser = ScriptParser(__doc__)
-    parser.add_argument(
-        "--ckpt_name", default="best.pth", help="checkpoint file [default: best.pth of the latest run]"
-    )
+    add_model_flags(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -87,11 +86,9 @@ def check_folder(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--out={out} exists: choose another name or add --overwrite")
-    others = (
-        sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.is_dir() else [out.name]
-    )
-    if others:
-        raise UserError(f"--out={out} is not an export alone, it holds {others[0]}: choose another name")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not {GRAPH, CONFIG} <= names <= set(FILES):
+        raise UserError(f"--out={out} is not an export and nothing else: choose another name")
 
 
 def replace_folder(out: Path, work: Path) -> None:
@@ -106,19 +103,19 @@ def replace_folder(out: Path, work: Path) -> None:
 
 def export(args: argparse.Namespace, work: Path) -> None:
     """Write all files to the folder `work`. Raises UserError for a model that cannot be exported."""
-    path = checkpoint.find_checkpoint(args.ckpt_name, folder.chosen_dir({"ckpt_name": args.ckpt_name}))
+    path = model_path(args.ckpt_name, args.out_dir)
     engine, catalogue, reads, said, histories = open_checkpoint(path)
     model = engine.model
     check_exportable(model)
+    if args.with_users and histories is None:
+        raise UserError(f"--with_users: there is no {HISTORIES} beside {path}")
     about = {"dataset": said.dataset, "protocol": said.protocol, "trained": said.trained}
-    about |= {"fingerprint": checkpoint.load_checkpoint(path)["fingerprint"], "commit": commit()}
+    about |= {"fingerprint": load_checkpoint(path)["fingerprint"], "commit": commit()}
     write_graph(model, reads.times, about, work / GRAPH)
     if args.quantize == "int8":
         quantize(work / GRAPH)
     write_items(catalogue, work / ITEMS)
     if args.with_users:
-        if histories is None:
-            raise UserError(f"--with_users: there is no {HISTORIES} beside {path}")
         shutil.copyfile(histories, work / HISTORIES)
     given = example(model, reads.times)
     layout = Layout(model.inputs.first_profile.tolist(), model.cfg.request_time, most_actions(model))

@@ -55,9 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         version = config["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{folder} is not a folder of scripts/export.py, or its {CONFIG} is damaged"
-        ) from None
+        raise UserError(f"{folder} is not an export, or its {CONFIG} is damaged") from None
     if version != FORMAT:
         raise UserError(f"{folder} was written by another version of this program: export again")
     return config

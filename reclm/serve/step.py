@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,11 +61,12 @@ class Step(nn.Module):
         rotary, window = self.rotary[earlier : positions.shape[1]], model.cfg.window
         ctx = Context(positions[:, earlier:], positions, rotary, window, times, row.get("query_times"))
         layers = past.flatten(0, 1).unbind(0)
+        top = replace(ctx.only(row["last"]), positions=row["last"][:, None] + earlier)  # of the last block
         caches = [Past(*pair) for pair in zip(layers[::2], layers[1::2], strict=True)]
         table = model.item_table()
         x = model.embed(row, table)
         for layer, cache in zip(model.layers, caches, strict=True):
-            x = layer(x, ctx if layer is not model.layers[-1] else ctx.only(row["last"]), cache)
+            x = layer(x, top if layer is model.layers[-1] else ctx, cache)
         hidden = model.norm(x)[:, 0]
         present = torch.stack([part for cache in caches for part in (cache.keys, cache.values)])
         return hidden, hidden @ table.T, present.unflatten(0, (-1, 2)), table
@@ -104,7 +106,9 @@ def example(model: SequenceRecommender, reads_times: bool) -> dict[str, tuple[Te
         given |= {name: (seconds, rows) for name in ("since_last", *["until_next"] * cfg.request_time)}
     if cfg.position_embedding:
         given["before"] = (numbers, rows)
-    return given | {name: (numbers, rows) for name in model.inputs.code_embeddings}
+    given |= {name: (numbers, rows) for name in model.inputs.code_embeddings}
+    # torch.export takes inputs that are one tensor for one input.
+    return {name: (tensor.clone(), axes) for name, (tensor, axes) in given.items()}
 
 
 @contextmanager
