@@ -40,7 +40,7 @@ MEANINGS = {
     "since_last": "float64: seconds since the action before, 0 for the first",
     "until_next": "float64: seconds until the next action, of the last one until the request",
     "before": "int64: number of earlier actions of the whole history",
-    "actions": "int64: code of the action's rating (`codes` in config.json, from 1), 0 = unknown",
+    "actions": "int64: code of the action's rating (from 1, see `reads` in config.json), 0 = unknown",
     "contexts": "int64: code of the action's context, 0 = unknown",
 }
 

@@ -33,6 +33,7 @@ onnx, *_ = [pytest.importorskip(name, reason=NEEDS) for name in ("onnx", "onnxsc
 NUM_ITEMS, MAX_LEN = 80, 12
 MODELS = {  # together, everything that a graph can hold
     "llama": {
+        "n_layers": 1,
         "n_heads": 4,
         "n_kv_heads": 2,
         "gated_residuals": True,

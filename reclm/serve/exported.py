@@ -31,8 +31,8 @@ def open_export(folder: Path) -> Opened:
     written, and where onnxruntime or pyarrow is not installed."""
     config = read_config(folder)
     try:
-        for name, digest in config["files"].items():
-            check_file(folder / name, digest)
+        for name in (GRAPH, ITEMS, *config["files"]):
+            check_file(folder / name, config["files"][name])
         reads = Reads(**config["reads"])
         about = About(*(config[name] for name in ("config", "dataset", "protocol", "trained")))
         layout = Layout(**config["layout"])
