@@ -92,8 +92,8 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     where sines and cosines take four, but torch.export and torch.compile do not support complex numbers."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, n, Dh/2, 2)
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        cos, sin = rotary.unbind(-1)
+        turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack([-sin, sin], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
     return turned.flatten(-2).type_as(x)
