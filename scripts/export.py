@@ -107,7 +107,7 @@ def export(args: argparse.Namespace, work: Path) -> None:
     engine, catalogue, reads, said, histories = open_checkpoint(path)
     model = engine.model
     check_exportable(model)
-    if args.with_users and histories is None:
+    if args.with_users and not histories.is_file():
         raise UserError(f"--with_users: there is no {HISTORIES} beside {path}")
     about = {"dataset": said.dataset, "protocol": said.protocol, "trained": said.trained}
     about |= {"fingerprint": load_checkpoint(path)["fingerprint"], "commit": commit()}

@@ -18,9 +18,9 @@ from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
 from reclm.serve import Catalogue, Recommender
+from reclm.serve.about import About
 from reclm.serve.exported import Layout, OnnxEngine, open_graph
 from reclm.serve.person import Person, Reads, make_batch
-from reclm.serve.recommender import About
 from reclm.serve.step import check_exportable, most_actions, write_graph
 from reclm.serve.trained import TorchEngine
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from reclm.data.histories import FILE as HISTORIES
 from reclm.errors import UserError, first_line
+from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
-from reclm.serve.recommender import About
 
 FORMAT = 1  # raise it when the same folder would mean another model
 GRAPH, ITEMS, CONFIG, README = "model.onnx", "items.parquet", "config.json", "README.md"
