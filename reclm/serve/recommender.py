@@ -124,7 +124,7 @@ class Recommender:
         if (at is not None or len(times)) and not self.reads.times:
             raise UserError("this model does not read times: leave them out")
         moments = np.array([*times, *([] if at is None else [at])], np.float64)
-        if not np.isfinite(moments).all() or (np.diff(moments) < 0).any():
+        if len(moments) and (not np.isfinite(moments).all() or (np.diff(moments) < 0).any()):
             raise UserError("times must be finite, in order and not after the request")
         times = np.full(len(items), at) if at is not None and not len(times) else moments[: len(times)]
         return Person(items, times, codes, self.reads.profile_codes(profile or {}), at)
