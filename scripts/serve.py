@@ -124,7 +124,7 @@ def work(made: socket.socket, path: Path, limits: Limits, watch: bool) -> None:
     source = Source(path)
     model = source.load(limits)
     app = make_app(model, limits, source if watch else None)
-    logging.info("serving %s: %s", path, model.recommender.about.trained)
+    logging.info("process %d serving %s: %s", os.getpid(), path, model.recommender.about.trained)
     # No limit_concurrency: it counts idle connections, so that these could keep others out.
     config = uvicorn.Config(
         app, http="httptools", ws="none", log_config=None, log_level="warning", access_log=False,

@@ -40,7 +40,6 @@ def make_app(model: Model, limits: Limits, watched: Source | None = None) -> Fas
         yield
         if watching:
             watching.cancel()
-        service.line.thread.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="Toy-RecLM", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.service, app.state.metrics, app.state.page = service, metrics, PAGE.read_bytes()

@@ -19,7 +19,7 @@ from reclm.serve.catalogue import Filters
 from reclm.serve.person import Person
 from reclm.serve.recommender import Recommender, Session
 
-LONGEST_IN_LOOP = 0.004  # seconds of a pass up to which it runs in the event loop, see Line
+LONGEST_IN_LOOP = 0.01  # seconds of a pass up to which it runs in the event loop, see Line
 SLICE_SECONDS = 0.02
 POLL_SECONDS = 1.0
 
@@ -67,10 +67,10 @@ class Model:
 
 
 def pass_seconds(recommender: Recommender) -> float:
-    """Seconds of recommending to a person with a history of full length, the fastest of three"""
+    """Seconds of recommending to a person with a history of full length, the fastest of five"""
     items = np.arange(recommender.reads.max_len) % len(recommender.catalogue) + 1
     person, seconds = Person(items, user=0), []
-    for _ in range(3):
+    for _ in range(5):
         begin = time.perf_counter()
         recommender.recommend(person, 1, Filters(include_seen=True))
         seconds.append(time.perf_counter() - begin)
