@@ -22,10 +22,10 @@ from launch import MAIN, TINY, Running, here, is_running, write_csv
 from reclm.errors import UserError
 from reclm.serve import Filters, Recommender
 
-for package, file in (("fastapi", "serve"), ("httpx", "dev"), ("schemathesis", "dev")):
+for package, file in (("fastapi", "serve"), ("httpx2", "dev"), ("schemathesis", "dev")):
     pytest.importorskip(package, reason=f"pip install -r requirements-{file}.txt")
 
-import httpx
+import httpx2 as httpx
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
