@@ -42,13 +42,13 @@ def person_of(service: Service, model: Model, asked: schemas.Someone) -> Person:
     """Raises 404, 413, or UserError for what the model does not know or read."""
     check_length(service, len(asked.items))
     ids = [entry if isinstance(entry, str) else entry.id for entry in asked.items]
-    numbers_of(model, ids)
-    ratings = [getattr(entry, "rating", None) for entry in asked.items]
-    times = [getattr(entry, "time", None) for entry in asked.items]
-    if not any(time is not None for time in times):
-        times = []
-    elif None in times:
+    if not model.recommender.catalogue.by_id.keys() >= set(ids):
+        numbers_of(model, ids)  # names the first unknown one
+    ratings, times = ([getattr(entry, name, None) for entry in asked.items] for name in ("rating", "time"))
+    if 0 < times.count(None) < len(times):
         raise UserError("times: give one for each item, or none")
+    if None in times:
+        times = []
     return model.recommender.person(ids, ratings, asked.profile, asked.at, times)
 
 
