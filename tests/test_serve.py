@@ -13,7 +13,7 @@ from reclm.serve import Catalogue, Filters, Person, Recommender
 from reclm.serve.about import About
 from reclm.serve.catalogue import names_of, plain
 from reclm.serve.person import Reads, make_batch
-from reclm.serve.top_k import top_k
+from reclm.serve.top_k import score_items, top_k
 from reclm.serve.trained import TorchEngine
 
 GENRES = ["Crime", "Drama", "Comedy|Crime", "", "Drama|War"]
@@ -158,7 +158,18 @@ def test_search_as_you_type():
     assert found("leon") == ["1207"] and found("zzz") == [] and found("", 2) == ["1", "6"]
 
 
-# ---------------------------------------------------------------- the best k
+# ---------------------------------------------------------------- scores and the best k
+
+
+@pytest.mark.parametrize("persons", [1, 4, 5])
+def test_scores_are_dot_products_however_large_the_table(monkeypatch, persons):
+    rng = np.random.default_rng(persons)
+    hidden, table = (rng.standard_normal((rows, 24), dtype=np.float32) for rows in (persons, 999))
+    wanted = hidden.astype(np.float64) @ table.astype(np.float64).T
+    for bytes_in_cache in (0, 2**25):
+        monkeypatch.setattr("reclm.serve.top_k.IN_CACHE", bytes_in_cache)
+        scores = score_items(hidden, table)
+        assert scores.dtype == np.float32 and np.allclose(scores, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 7, 3000, 41_005])
