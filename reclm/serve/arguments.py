@@ -34,7 +34,7 @@ def filters_of(model: Model, allowed: schemas.Allowed) -> Filters:
         min_count=allowed.min_count,
         include_seen=allowed.include_seen,
     )
-    model.recommender.catalogue.allowed(filters)
+    model.recommender.catalogue.left_out(filters)
     return filters
 
 
