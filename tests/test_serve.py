@@ -13,7 +13,7 @@ from reclm.serve import Catalogue, Filters, Person, Recommender
 from reclm.serve.about import About
 from reclm.serve.catalogue import names_of, plain
 from reclm.serve.person import Reads, make_batch
-from reclm.serve.top_k import BLOCK, top_k
+from reclm.serve.top_k import score_items, top_k
 from reclm.serve.trained import TorchEngine
 
 GENRES = ["Crime", "Drama", "Comedy|Crime", "", "Drama|War"]
@@ -158,10 +158,21 @@ def test_search_as_you_type():
     assert found("leon") == ["1207"] and found("zzz") == [] and found("", 2) == ["1", "6"]
 
 
-# ---------------------------------------------------------------- the best k
+# ---------------------------------------------------------------- scores and the best k
 
 
-@pytest.mark.parametrize("size", [1, 7, 3000, 40 * BLOCK + 5])
+@pytest.mark.parametrize("persons", [1, 4, 5])
+def test_scores_are_dot_products_however_large_the_table(monkeypatch, persons):
+    rng = np.random.default_rng(persons)
+    hidden, table = (rng.standard_normal((rows, 24), dtype=np.float32) for rows in (persons, 999))
+    wanted = hidden.astype(np.float64) @ table.astype(np.float64).T
+    for bytes_in_cache in (0, 2**25):
+        monkeypatch.setattr("reclm.serve.top_k.IN_CACHE", bytes_in_cache)
+        scores = score_items(hidden, table)
+        assert scores.dtype == np.float32 and np.allclose(scores, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 3000, 41_005])
 def test_top_k_is_a_stable_sort(size):
     rng = np.random.default_rng(size)
     for k in (1, 3, 10, size, size + 5):
@@ -177,7 +188,18 @@ def test_top_k_of_a_large_row_looks_at_few_items(monkeypatch):
     sizes = []
     monkeypatch.setattr(np, "partition", lambda a, k, f=np.partition: (sizes.append(len(a)), f(a, k))[1])
     assert top_k(scores, 10).tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
-    assert max(sizes) < 20 * BLOCK
+    assert max(sizes) < 20_000
+
+
+def test_top_k_of_scores_that_are_arranged_against_it():
+    """The best ones in the same stripe, in a row, in the rest that fills no stripe, and all equal"""
+    size = 100**2 + 50
+    for best in (slice(3, None, 100), slice(200, 230), slice(-20, None), slice(None)):
+        scores = np.zeros(size, np.float32)
+        scores[best] = np.arange(size, dtype=np.float32)[best] // 40 + 1
+        for k in (1, 10, 25, 26):
+            assert top_k(scores, k).tolist() == np.argsort(-scores, kind="stable")[:k].tolist()
+        assert top_k(np.full(size, 2.5), 10).tolist() == list(range(10))
 
 
 # ---------------------------------------------------------------- recommendations

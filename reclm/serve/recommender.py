@@ -13,7 +13,7 @@ from reclm.errors import UserError
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue, Filters
 from reclm.serve.person import Person, Reads, make_batch
-from reclm.serve.top_k import top_k
+from reclm.serve.top_k import score_items, top_k
 
 AT_ONCE = 64  # persons in one pass through the model
 EVERYTHING = Filters()
@@ -169,7 +169,7 @@ class Recommender:
             raise UserError(f"k={k} must be at least 1")
         if self.is_ctr:
             return [self.best_of_candidates(person, k, filters) for person in people]
-        scores = self.engine.hidden(make_batch(people, self.reads)) @ self.engine.table.T  # (B, V)
+        scores = score_items(self.engine.hidden(make_batch(people, self.reads)), self.engine.table)  # (B, V)
         return [self.best_of(row, person, k, filters) for row, person in zip(scores, people, strict=True)]
 
     def best_of(
@@ -336,5 +336,5 @@ class Session:
         if self.hidden is None:
             raise UserError("an empty history: add an item first")
         recommender = self.recommender
-        scores = recommender.engine.table @ self.hidden
+        scores = score_items(self.hidden[None], recommender.engine.table)[0]
         return recommender.items(*recommender.best_of(scores, self.person, k, filters))

@@ -1,27 +1,33 @@
-"""The best k of a row of scores, exactly."""
+"""The scores of all items, and the best k of them, exactly."""
 
 import numpy as np
 
-BLOCK = 1024  # scores: a large row is searched block by block, and only the best blocks item by item
+IN_CACHE = 2**25  # bytes: larger tables are read from memory for each product
+FEW = 4  # persons
+
+
+def score_items(hidden: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """User embeddings (B, D) and item factors (V, D), float32 -> scores (B, V), their dot products"""
+    if len(hidden) <= FEW and table.nbytes > IN_CACHE:
+        # One dot product per item is as fast as reading the table; the matrix product of BLAS takes longer,
+        # up to three times for one person, and seven times for two, because it copies the table first.
+        return np.vecdot(table, hidden[:, None])
+    return hidden @ table.T
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Scores (V,) -> the indices of the k best finite ones, best first, of equal ones the lower index first;
     fewer where fewer are finite. Items that may not be recommended have the score -inf."""
-    places = None
-    if len(scores) > 2 * BLOCK * max(k, 8):
-        whole = len(scores) // BLOCK * BLOCK
-        best = scores[:whole].reshape(-1, BLOCK).max(1)
-        bound = np.partition(best, -k)[-k]  # k blocks have an item of at least this score
-        blocks = np.flatnonzero(best >= bound)
-        places = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        places = np.concatenate([places, np.arange(whole, len(scores))])
-        scores = scores[places]
-    if k < len(scores):
-        bound = np.partition(scores, -k)[-k]
-        found = np.flatnonzero(scores >= bound)
-    else:
-        found = np.arange(len(scores))
-    found = found[np.argsort(-scores[found], kind="stable")][:k]
+    found = np.flatnonzero(scores >= lower_bound(scores, k))
     found = found[scores[found] > -np.inf]
-    return found if places is None else places[found]
+    return found[np.argsort(-scores[found], kind="stable")[:k]]
+
+
+def lower_bound(scores: np.ndarray, k: int) -> float:
+    """A number that at least k of the scores (V,) reach, and few more do."""
+    stripes = int(len(scores) ** 0.5)  # stripe i has the scores i, i + stripes, i + 2 stripes, ...
+    if stripes >= 4 * k:
+        # The k best stripes have an item each that reaches the bound. Their maxima are found in one pass over
+        # the scores, where np.partition of all would take several.
+        scores = scores[: len(scores) // stripes * stripes].reshape(-1, stripes).max(0)
+    return np.partition(scores, -k)[-k] if k < len(scores) else -np.inf

@@ -44,7 +44,7 @@ PACKAGES = {
 }
 SIZES = {"model_name": "llama", "dim": 64, "n_layers": 2, "n_heads": 2, "max_len": 200, "dropout": 0.2}
 TRAINING = {"loss": "softmax", "batch_size": 128, "lr": 1e-3, "eval_batch_size": 256}
-SPEC = SIZES | TRAINING | {"threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0}
+SPEC = SIZES | TRAINING | {"threads": 2, "ranks": 2, "steps": 24, "time_to": 0.0, "predict": False}
 
 
 def columns(row: dict) -> dict[str, float]:
@@ -98,9 +98,9 @@ def add_peers(parser: argparse.ArgumentParser, default: str, known: Iterable[str
     parser.add_argument("--rounds", type=int, default=3, help="of all tools in turn")
 
 
-def pythons_of(args: argparse.Namespace) -> dict[str, Path]:
+def pythons_of(args: argparse.Namespace, packages: dict[str, list[str]] = PACKAGES) -> dict[str, Path]:
     """{peer: the Python of its environment in --venvs}, created where missing."""
-    return {name: make_venv(args.venvs / name, PACKAGES[name]) for name in args.peers}
+    return {name: make_venv(args.venvs / name, packages[name]) for name in args.peers}
 
 
 def make_venv(folder: Path, packages: list[str]) -> Path:

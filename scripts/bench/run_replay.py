@@ -17,7 +17,7 @@ from lightning import Callback, Trainer
 from replay.data import FeatureHint, FeatureType
 from replay.data.nn import ParquetModule, TensorFeatureInfo, TensorSchema
 from replay.nn.lightning import LightningModule
-from replay.nn.lightning.callback import ComputeMetricsCallback
+from replay.nn.lightning.callback import ComputeMetricsCallback, PandasTopItemsCallback
 from replay.nn.lightning.optimizer import OptimizerFactory
 from replay.nn.lightning.postprocessor import SeenItemsFilter
 from replay.nn.sequential import LengthBucketedQueryEncoder, SasRec
@@ -46,6 +46,9 @@ class Clock(Callback):
     def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
         self.users += len(batch["ground_truth"])
 
+    def on_predict_batch_end(self, trainer, module, outputs, batch, *_):
+        self.users += len(batch["user"])
+
 
 class Goal(Callback):
     """Stops training at a validation score, or after the epoch in which the time limit is reached."""
@@ -70,7 +73,7 @@ def write_sequences(spec: dict, train: Path, ranked: Path) -> tuple[int, int]:
     known = length - (2 if spec["time_to"] else 1)  # the next item is the target: validation's or the test's
     history, target = item.list.head(known), item.list.slice(known, 1)
     # Sorted by length, so that a batch has little padding and columns of it can be cut.
-    ordered = users.sort(length).select(history, seen_ids=history, ground_truth=target)
+    ordered = users.sort(length).select("user", history, seen_ids=history, ground_truth=target)
     ordered.write_parquet(ranked)
     return table["item"].n_unique(), ordered["item"].list.len().max()
 
@@ -85,7 +88,8 @@ def load(spec: dict) -> tuple[ParquetModule, TensorSchema]:
     schema = TensorSchema(TensorFeatureInfo("item", **kind, **size))
     transforms = make_default_sasrec_transforms(schema)
     transforms["train"].insert(2, TargetAwareAdaptiveTrimTransform(["item", "positive_labels"]))
-    transforms["validate"].insert(1, AdaptiveTrimTransform("item"))
+    for stage in ("validate", "predict"):
+        transforms[stage].insert(1, AdaptiveTrimTransform("item"))
 
     def shapes(**lengths: int) -> dict:
         return {name: {"shape": length, "padding": num_items} for name, length in lengths.items()}
@@ -93,10 +97,12 @@ def load(spec: dict) -> tuple[ParquetModule, TensorSchema]:
     metadata = {
         "train": shapes(item=spec["max_len"] + 1),  # one more, because the last is only a target
         "validate": shapes(item=spec["max_len"], seen_ids=longest, ground_truth=1),
+        "predict": shapes(item=spec["max_len"], seen_ids=longest) | {"user": {}},
     }
+    ranking = dict.fromkeys(("validate", "predict"), spec["eval_batch_size"])
     data = ParquetModule(
-        {"train": spec["batch_size"], "validate": spec["eval_batch_size"]},
-        metadata, transforms, train_path=str(train), validate_path=str(ranked),
+        {"train": spec["batch_size"]} | ranking, metadata, transforms,
+        train_path=str(train), validate_path=str(ranked), predict_path=str(ranked),
     )  # fmt: skip
     return data, schema
 
@@ -119,6 +125,8 @@ def main(spec: dict) -> dict:
     module = build(spec, schema)
     seen = SeenItemsFilter(schema.item_id_features.item().cardinality)
     metrics = ComputeMetricsCallback(["ndcg"], [10], [seen], verbose=False)
+    if spec["predict"]:  # a table of user, item and score instead
+        metrics = PandasTopItemsCallback(10, "user", "item", "score", [seen])
 
     def trainer(watch: Callback, **settings) -> Trainer:  # no logs or checkpoints: training only
         return Trainer(
@@ -134,7 +142,11 @@ def main(spec: dict) -> dict:
     steps = {"max_epochs": 1, "limit_train_batches": WARMUP_STEPS + spec["steps"]}
     trainer(clock, limit_val_batches=0, **steps).fit(module, data)
     ranking = time.time()
-    trainer(clock).validate(module, data, verbose=False)
+    if spec["predict"]:
+        trainer(clock).predict(module, data, return_predictions=False)
+        metrics.get_result()
+    else:
+        trainer(clock).validate(module, data, verbose=False)
     eval_seconds = time.time() - ranking
     train_seconds = clock.ends[-1] - clock.ends[WARMUP_STEPS - 1]
     step_seconds = train_seconds / (len(clock.ends) - WARMUP_STEPS)
