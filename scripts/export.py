@@ -1,11 +1,16 @@
-"""Write a trained model as a folder that runs without torch: model.onnx and what belongs to it.
+"""Write a trained model as a folder that runs without torch, or as a page that runs without a server.
 
     python scripts/export.py --ckpt_name=runs/latest/best.pth --out=exported/
     python scripts/export.py --ckpt_name=runs/latest/best.pth --out=small/ --quantize=int8
+    python scripts/export.py --ckpt_name=runs/latest/best.pth --out=films.html --format=html
 
 `Recommender.load("exported/")` (reclm.serve) opens it like a checkpoint, with onnxruntime. The README.md in
 it shows how to use model.onnx without this program. For --task=matching, not with --user_embedding=explicit
-or --time_tokens=tokens. The folder holds the titles of the items: see whether you may pass them on.
+or --time_tokens=tokens.
+
+The page is one HTML file with the weights as integers, for llama blocks without times and profiles; it works
+from a folder and makes no request. Folder and page hold the titles of the items: see whether you may pass
+them on.
 """
 
 import argparse
@@ -19,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
 from reclm.run.checkpoint import load_checkpoint
-from reclm.run.output import ScriptParser, writing
+from reclm.run.output import ScriptParser, check_out, write_whole, writing
 from reclm.run.report import commit
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.choose import add_model_flags, model_path
@@ -48,7 +53,10 @@ MEANINGS = {
 def main() -> None:
     parser = ScriptParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder, or .html file, to write")
+    parser.add_argument(
+        "--format", choices=["onnx", "html"], default="onnx", help="a folder or a page [onnx]"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "--quantize", choices=["none", "int8"], default="none", help="int8: a third of the bytes"
@@ -57,6 +65,8 @@ def main() -> None:
         "--with_users", action="store_true", help="add what each user did (histories.npz): personal data"
     )
     args = parser.parse_args()
+    if args.format == "html":
+        return write_page(args)
     args.out = args.out.resolve()
     check_folder(args.out, args.overwrite)
     try:
@@ -75,6 +85,18 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
     size = (args.out / GRAPH).stat().st_size
     print(f"wrote {args.out}: {GRAPH} has {size:,} bytes")
+
+
+def write_page(args: argparse.Namespace) -> None:
+    """Write the page. Raises UserError."""
+    from reclm.serve.offline import write_offline_page
+
+    if args.quantize != "none" or args.with_users:
+        raise UserError("--quantize and --with_users are for --format=onnx: leave them out")
+    check_out(args, [".html"])
+    path = model_path(args.ckpt_name, args.out_dir)
+    write_whole(args.out, lambda work: write_offline_page(path, work))
+    print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes: open it in a browser")
 
 
 def check_folder(out: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/serve.py                                      # the best checkpoint of the last run
     python scripts/serve.py --ckpt_name=runs/mine/best.pth --port=8080 --watch
+    python scripts/serve.py --ckpt_name=exported/                # without torch, see scripts/export.py
     curl -H 'Content-Type: application/json' -d '{"items": ["260", "1196"]}' 127.0.0.1:8000/recommend
 
 There is no authentication: to offer it to others, put a proxy that asks who they are in front of it. With
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
 from reclm.run.output import ScriptParser
+from reclm.serve.choose import add_model_flags, model_path
 from reclm.serve.service import Limits, Source
 
 LINGER_SECONDS = 3  # in which requests in flight have to end once the server stops
@@ -47,9 +49,7 @@ def number_from(least: int, most: int = 2**31) -> Callable[[str], int]:
 def read_flags() -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
-    add("--ckpt_name", help="a checkpoint of the run or a path [best.pth]")
-    add("--out_dir", help="the folder of the run [the last run]")
-    add("--export", type=Path, help="instead: a folder written by scripts/export.py, served without torch")
+    add_model_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
     add("--port", type=number_from(0, 65535), default=8000, help="0 = any free one [8000]")
     add("--workers", type=number_from(1, 256), default=1, help="processes, one core each [1]")
@@ -59,20 +59,6 @@ def read_flags() -> argparse.Namespace:
     add("--max_sessions", type=number_from(0), default=1000, help="the least recently used one ends [1000]")
     add("--max_history", type=number_from(1), default=1000, help="items of one person [1000]")
     return parser.parse_args()
-
-
-def find_model(args: argparse.Namespace) -> Path:
-    """The path for Recommender.load. Raises UserError."""
-    if args.export is not None:
-        if args.ckpt_name or args.out_dir:
-            raise UserError("--export is a model by itself: leave out --ckpt_name and --out_dir")
-        if not args.export.is_dir():
-            raise UserError(f"--export={args.export} is not a folder: write one with scripts/export.py")
-        return args.export
-    from reclm.run import checkpoint, folder  # with torch, which --export does without
-
-    given = {name: getattr(args, name) for name in ("ckpt_name", "out_dir") if getattr(args, name)}
-    return checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), folder.chosen_dir(given))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -170,7 +156,7 @@ def supervise(count: int, *args) -> None:
 
 def main() -> None:
     args = read_flags()
-    path = find_model(args)
+    path = model_path(args.ckpt_name, args.out_dir)
     sessions = args.max_sessions if args.workers == 1 else 0
     limits = Limits(args.queue, sessions, args.max_history, not args.no_users)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -41,7 +42,7 @@ def make_app(model: Model, limits: Limits, watched: Source | None = None) -> Fas
         if watching:
             watching.cancel()
 
-    app = FastAPI(title="Toy-RecLM", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPIOffline("/docs", None, title="Toy-RecLM", redirect_slashes=False, lifespan=lifespan)
     app.state.service, app.state.metrics, app.state.page = service, metrics, PAGE.read_bytes()
     for method, path, endpoint, documented in ROUTES:
         app.add_api_route(path, endpoint, methods=[method], **documented)

@@ -51,7 +51,7 @@ class Model:
         histories.npz."""
         self.recommender, self.name = recommender, name
         self.sessions: OrderedDict[str, Session] = OrderedDict()
-        offered = limits.users and recommender.histories_file is not None
+        offered = limits.users and recommender.knows_users
         self.histories: Histories | None = recommender.histories if offered else None
         recommender.catalogue.search("")
         self.in_thread = pass_seconds(recommender) > LONGEST_IN_LOOP

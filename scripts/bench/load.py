@@ -47,8 +47,7 @@ class Server:
 @contextmanager
 def serving(model: Path, workers: int, log: Path) -> Iterator[Server]:
     """A server on a free port, once it answers. Raises UserError with the end of its log if it does not."""
-    name = "--export" if model.is_dir() else "--ckpt_name"
-    command = [sys.executable, SERVER, f"{name}={model}", "--port=0", f"--workers={workers}"]
+    command = [sys.executable, SERVER, f"--ckpt_name={model}", "--port=0", f"--workers={workers}"]
     with open(log, "w") as errors:
         process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
