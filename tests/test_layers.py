@@ -15,7 +15,7 @@ MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all
     "run": {"", "data", "run"},
     "serve": {"", "data", "nn", "run", "serve"},  # applies trained models, so it also imports model.py
 }
-MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE, MOST_OF_SERVE = 400, 1150, 6300, 1300
+MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE, MOST_OF_SERVE = 400, 1150, 6310, 1300
 MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS = 60, 8
 PACKAGE = sorted((ROOT / "reclm").rglob("*.py"))
 FILES = [*(ROOT / f"{name}.py" for name in SPINE), *PACKAGE]
