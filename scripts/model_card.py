@@ -63,6 +63,11 @@ class Published:
     def is_movielens(self) -> bool:
         return hub.is_movielens(self.state)
 
+    @property
+    def is_whole(self) -> bool:
+        """Are the data all of those that their name stands for? See sources.check_size."""
+        return not self.state["protocol"].startswith("not ")
+
     @cached_property
     def catalogue(self) -> Catalogue:
         return read_catalogue(self.state)
@@ -155,7 +160,7 @@ def what_it_is(about: Published) -> str:
     return f"""# {about.repo.partition("/")[2]}
 
 A sequential recommender of Toy-RecLM: from what a person has done so far, in order, it {job}.
-{plural(cfg["n_layers"], f"{blocks} block")} of width {cfg["dim"]}, which read the last {cfg["max_len"]} actions;
+{plural(cfg["n_layers"], f"{blocks} block")} of width {cfg["dim"]} over the last {cfg["max_len"]} actions;
 {size:,} weights in training."""
 
 
@@ -327,6 +332,8 @@ def licence(about: Published) -> str:
 def best_record(about: Published) -> tuple[str, list[dict]]:
     """(name, one record per seed) of the runs with the settings of this one, of which most seeds are known;
     ("", []) where there are none."""
+    if not about.is_whole:
+        return "", []
     names = set(fixed_names(about.config, "model", "data", "trajectory")) - {"seed", "data_dir"}
     found = {
         name: records
@@ -338,7 +345,8 @@ def best_record(about: Published) -> tuple[str, list[dict]]:
 
 def popularity(about: Published) -> list[dict]:
     """The record of counting on the same data and protocol, or nothing."""
-    if about.config["filter_seen"] is False or about.config["task"] != "matching":
+    comparable = about.is_whole and about.config["filter_seen"] is not False
+    if not comparable or about.config["task"] != "matching":
         return []
     names = set(fixed_names(about.config, "data")) - {"data_dir"}
     for name, records in read_records(RECORDS).items():

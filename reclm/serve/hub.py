@@ -28,8 +28,9 @@ from reclm.serve.trained import Opened, build_model, open_state
 PREFIX = "hub:"  # --ckpt_name=hub:owner/name
 WEIGHTS, ITEMS, SETTINGS, CARD = "model.safetensors", "items.json", "config.json", "README.md"
 FORMAT = "toy-reclm"
+MOST_CODES = 10**7
 CONTENT = "content."  # prefix of the weights that turn item features into vectors
-KEPT = ("config", "dataset", "protocol", "fingerprint", "ids", "num_rows", "last_time", "values")
+KEPT = ("config", "dataset", "protocol", "fingerprint", "ids", "num_rows", "values")
 MOVIELENS = re.compile(r"movielens|(^|[\W_])ml[-_]?(\d|latest|small)", re.IGNORECASE)
 
 
@@ -103,7 +104,7 @@ def describe(state: dict) -> dict:
         config[name] = config.get(name) and Path(config[name]).name
     vocabulary = {name: value for name, value in state["vocabulary"].items() if name != "features"}
     epoch = state["progress"].get("epoch", 0)
-    return {name: state[name] for name in KEPT if name in state} | {
+    return {name: state[name] for name in (*KEPT, "last_time") if name in state} | {
         "format": FORMAT,
         "version": VERSION,
         "config": config,
@@ -162,12 +163,12 @@ def read_model(folder: Path) -> dict:
     version = settings.get("version")
     if not isinstance(version, int) or version > VERSION:  # before checksums, which it may keep elsewhere
         raise UserError(f"{folder} was written by another version of this program: use that version")
-    for name in (WEIGHTS, ITEMS):
-        if checksum(folder / name) != (settings.get("files") or {}).get(name):
-            raise UserError(
-                f"{folder / name} is damaged: its checksum is not that of {SETTINGS}; fetch it again"
-            )
     try:
+        for name in (WEIGHTS, ITEMS):
+            if checksum(folder / name) != settings["files"][name]:
+                raise UserError(
+                    f"{folder / name} is damaged: its checksum is not that in {SETTINGS}: fetch it again"
+                )
         state = restored(settings, items) | {"model": import_safetensors().load_file(folder / WEIGHTS)}
     except UserError:
         raise
@@ -189,15 +190,19 @@ def read_json(path: Path) -> dict:
 def restored(settings: dict, items: dict) -> dict:
     """The state of a checkpoint but for its weights, from config.json and items.json."""
     ids, vocabulary = items["ids"], settings["vocabulary"]
+    cold_items = torch.tensor(vocabulary["cold_items"], dtype=torch.int64)
+    if len(cold_items) and not 0 < int(cold_items.min()) <= int(cold_items.max()) <= len(ids):
+        raise ValueError("cold items that are none")
     vocabulary = vocabulary | {
-        "profile_sizes": tuple(map(int, vocabulary["profile_sizes"])),
-        "code_sizes": {name: int(size) for name, size in vocabulary["code_sizes"].items()},
-        "cold_items": torch.tensor(vocabulary["cold_items"], dtype=torch.int64),
+        "num_users": int(vocabulary["num_users"]),
+        "profile_sizes": tuple(map(size, vocabulary["profile_sizes"])),
+        "code_sizes": {name: size(count) for name, count in vocabulary["code_sizes"].items()},
+        "cold_items": cold_items,
         "features": {},
     }
-    return {
-        name: settings[name] for name in (*KEPT, "version", "progress", "history") if name in settings
-    } | {
+    timed = {"last_time": settings["last_time"]} if "last_time" in settings else {}
+    return timed | {
+        **{name: settings[name] for name in (*KEPT, "version", "progress", "history")},
         "optimizer": {},
         "vocabulary": vocabulary,
         "items": torch.tensor(ids) if ids and isinstance(ids[0], int) else ids,
@@ -205,6 +210,13 @@ def restored(settings: dict, items: dict) -> dict:
         "genre_names": items.get("genres", []),
         "item_counts": torch.tensor(items["counts"], dtype=torch.int32),
     }
+
+
+def size(count: int) -> int:
+    """A number of codes. Raises ValueError for what would fail, or take all memory, in building the model."""
+    if not 0 <= int(count) <= MOST_CODES:
+        raise ValueError(f"{count} codes")
+    return int(count)
 
 
 # ---------------------------------------------------------------- the hub
