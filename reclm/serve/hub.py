@@ -253,7 +253,9 @@ def push(folder: Path, repo: str, private: bool) -> str:
                 f"{repo} exists and is public: make it private in its settings, or choose another"
             )
         names = [WEIGHTS, ITEMS, SETTINGS, CARD]
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="A model")
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload a model"
+        )
     return str(address)
 
 
