@@ -48,6 +48,7 @@ from reclm.run.optim import OPTIMIZERS, build_optimizer, choose_warmup, learning
 from reclm.run.output import write_whole
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.run.validate import check_optimizer
+from reclm.serve import hub
 
 # Settings whose value is a key of one of these dicts: to add a loss or a block, add an entry there.
 NAMES = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": OPTIMIZERS}
@@ -67,8 +68,7 @@ def main() -> None:
 def evaluate_checkpoint(given: dict) -> None:
     """--eval_only=true: print the validation and test metrics of a checkpoint and write them to
     eval-<checkpoint>.json. Raises UserError without a usable checkpoint."""
-    out_dir = folder.chosen_dir(given)
-    path = checkpoint.find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
+    out_dir, path = hub.find_model(given)
     cfg, dataset, model = open_checkpoint(given, path)
     keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
@@ -83,7 +83,7 @@ def evaluate_checkpoint(given: dict) -> None:
 def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module]:
     """The config (of the checkpoint, overridden by the user's flags), dataset and trained model of a
     checkpoint. Raises UserError where a flag contradicts it or the data differ."""
-    state = checkpoint.load_checkpoint(path)
+    state = hub.load_state(path)
     cfg = build_config(checkpoint.merge_config(given, state, path, "model", "data"))
     dataset = open_dataset(cfg, state)
     model = build_model(cfg, dataset)

@@ -276,8 +276,8 @@ class RunConfig:
     describe: bool = setting(False, "free")
     """print what was understood of the data and what a run would take, and end"""
     ckpt_name: str = setting("best.pth", "free")
-    """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
-    name that --keep_last does not delete"""
+    """checkpoint to evaluate with --eval_only: a file name in out_dir, a path, or hub:owner/name for one of
+    the Hugging Face hub; in training, a file of this name that --keep_last does not delete"""
     out_dir: str | None = setting(None, "free")
     """folder of the run [default: a new runs/<time>-<dataset>-<model>; with eval_only or resume=auto
     runs/latest, with the path of a checkpoint its folder]"""

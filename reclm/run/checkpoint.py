@@ -137,8 +137,7 @@ def read_vocabulary(state: dict) -> Vocabulary:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state in a file, on the CPU, upgraded to VERSION. Raises UserError for a truncated or foreign file
-    and for one of an unsupported version."""
+    """The state in a file, on the CPU, as `checked`. Raises UserError for a truncated or foreign file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that torch did not write; refused below
@@ -148,6 +147,12 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} is truncated or not a checkpoint ({first_line(error)}): "
             "choose another with --ckpt_name or --resume"
         ) from None
+    return checked(state, path)
+
+
+def checked(state: dict, path: Path) -> dict:
+    """The state read from `path`, upgraded to VERSION. Raises UserError for one that is foreign or damaged
+    and for an unsupported version."""
     wanted = {"model", "optimizer", "progress", "history", "config", "dataset", "fingerprint"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: choose another file")
@@ -250,9 +255,12 @@ def known_part(dataset: Dataset, state: dict | None, cfg: Config) -> Dataset:
 
 def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Dataset) -> None:
     """Load the weights to evaluate. Raises UserError if they belong to other data or another architecture."""
-    if dataset.grown:
+    same = state["fingerprint"] == dataset.fingerprint
+    # A model of the hub knows the fingerprint of the sequences alone (reclm/serve/hub.py).
+    same_rows = state["fingerprint"] == dataset.fingerprint.partition("-")[0]
+    if dataset.grown or (same_rows and not same):
         check_same_codes(dataset, read_vocabulary(state))
-    elif state["fingerprint"] != dataset.fingerprint:
+    elif not same:
         then = read_trained(state)
         why = then and why_other_data(dataset, then, USERS in state["model"])
         why = f" ({why})" if why else ""

@@ -72,9 +72,14 @@ class Recommender:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Recommender":
-        """The recommender of a checkpoint file, or of a folder that scripts/export.py has written, which
-        needs onnxruntime and no torch. Raises UserError if it is missing, damaged or of another kind."""
+        """The recommender of a checkpoint file, of a folder of the hub (reclm/serve/hub.py), or of one that
+        scripts/export.py has written, which needs onnxruntime and no torch. Raises UserError if it is
+        missing, damaged or of another kind."""
         path = Path(path)
+        if (path / "model.safetensors").is_file():
+            from reclm.serve.hub import open_model
+
+            return cls(*open_model(path, device))
         if path.is_dir():
             from reclm.serve.exported import open_export
 

@@ -26,13 +26,16 @@ def open_checkpoint(path: Path, device: str = "cpu") -> Opened:
     Raises UserError for a file that is missing, damaged, or older than what inference needs."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or give the path of a .pth file")
+    return *open_state(load_checkpoint(path), path, device), path.parent / FILE
+
+
+def open_state(state: dict, path: Path, device: str) -> tuple["TorchEngine", Catalogue, Reads, About]:
+    """The same without the users, from the `state` of a checkpoint, or of a folder as reclm/serve/hub.py
+    reads it, at `path`. Raises UserError."""
     keep_freed_memory()
-    state = load_checkpoint(path)
     cfg, model = build_model(state, path)
-    catalogue = read_catalogue(state)
     about = About(cfg.flat(), state["dataset"], state["protocol"], describe_training(state))
-    engine = TorchEngine(model.to(device))
-    return engine, catalogue, read_reads(cfg, state), about, path.parent / FILE
+    return TorchEngine(model.to(device)), read_catalogue(state), read_reads(cfg, state), about
 
 
 def build_model(state: dict, path: Path) -> tuple[Config, nn.Module]:
