@@ -76,8 +76,7 @@ class ModelConfig:
     """item content to add to the item embeddings: a comma-separated list of genres, year, title (from the
     item table) and of .npy or .safetensors files with one row per item [default: none]"""
     id_dropout: float = setting(0.0, "model")
-    """share of items whose id embedding is zeroed in each training step, so that the model learns to use
-    item_features alone, as cold items need"""
+    """share of items whose id embedding is zeroed in a training step: cold items need item_features alone"""
     time_head: bool = setting(False, "model", MATCHING)
     """also train and evaluate a prediction of the time to the next action (reclm/nn/heads.py)"""
     request_time: bool = setting(False, "model", MATCHING, READS_TIMES)
@@ -98,8 +97,7 @@ class ModelConfig:
             self.action_embedding = is_ctr
         positive(self, "max_len", "dim", "n_layers", "n_heads")
         not_negative(self, "n_kv_heads", "hidden_dim", "window")
-        probability(self, "dropout")
-        probability(self, "id_dropout")
+        probability(self, "dropout", "id_dropout")
         if self.id_dropout and not self.item_features:
             raise UserError(f"--id_dropout={self.id_dropout} needs --item_features: add them or leave it out")
         if is_ctr and self.time_tokens == "tokens":
@@ -223,8 +221,7 @@ class TrainConfig:
     embedding_decay: float = setting(0.0, "trajectory")
     """weight decay of the embeddings"""
     warmup_steps: int | None = setting(None, "trajectory")
-    """optimizer steps over which the learning rate rises linearly [default: 100, or a tenth of the run's
-    steps where that is fewer]"""
+    """optimizer steps of linearly rising learning rate [default: 100, at most a tenth of the run's steps]"""
     lr_min: float = setting(0.1, "trajectory")
     """the learning rate falls along a cosine, over the whole run, to this fraction of lr; 1 = constant"""
     clip_norm: float = setting(1.0, "trajectory")
@@ -236,8 +233,7 @@ class TrainConfig:
     seed: int = setting(0, "trajectory")
     """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
-    """checkpoint whose weights a new run starts from, where name and shape agree, e.g. one of task=matching
-    for task=ctr [default: random weights]"""
+    """checkpoint whose weights a new run starts from, where name and shape agree [default: random weights]"""
     compile: bool = setting(False, "free")
     """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
@@ -247,8 +243,7 @@ class TrainConfig:
 
     def __post_init__(self):
         positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
-        not_negative(self, "weight_decay", "embedding_decay", "clip_norm")
-        not_negative(self, "patience", "seed", "keep_last")
+        not_negative(self, "weight_decay", "embedding_decay", "clip_norm", "patience", "seed", "keep_last")
         if self.warmup_steps is not None:
             not_negative(self, "warmup_steps")
         probability(self, "lr_min", closed=True)
@@ -276,8 +271,10 @@ class RunConfig:
     describe: bool = setting(False, "free")
     """print what was understood of the data and what a run would take, and end"""
     ckpt_name: str = setting("best.pth", "free")
-    """checkpoint to evaluate with --eval_only: a file name in out_dir, a path, or hub:owner/name for one of
-    the Hugging Face hub; in training, a file of this name that --keep_last does not delete"""
+    """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
+    name that --keep_last does not delete"""
+    from_hub: str | None = setting(None, "free")
+    """model of the Hugging Face hub to evaluate with --eval_only, owner/name (docs/hub.md)"""
     out_dir: str | None = setting(None, "free")
     """folder of the run [default: a new runs/<time>-<dataset>-<model>; with eval_only or resume=auto
     runs/latest, with the path of a checkpoint its folder]"""
@@ -340,6 +337,8 @@ def build_config(values: dict) -> Config:
         )
     if cfg.train.init_from == "":
         raise UserError("--init_from= names no checkpoint: leave it out")
+    if cfg.run.from_hub and not cfg.run.eval_only:
+        raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
@@ -388,10 +387,11 @@ def not_negative(cfg, *names: str) -> None:
             raise UserError(f"--{name}={getattr(cfg, name)} must be a finite number, 0 or greater")
 
 
-def probability(cfg, name: str, closed: bool = False) -> None:
-    value = getattr(cfg, name)
-    if not (0 <= value < 1 or (closed and value == 1)):
-        raise UserError(f"--{name}={value} must be at least 0 and {'at most' if closed else 'less than'} 1")
+def probability(cfg, *names: str, closed: bool = False) -> None:
+    for name in names:
+        if not (0 <= (value := getattr(cfg, name)) < 1 or (closed and value == 1)):
+            most = "at most" if closed else "less than"
+            raise UserError(f"--{name}={value} must be at least 0 and {most} 1")
 
 
 def finite(cfg, name: str) -> None:

@@ -23,12 +23,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
-from reclm.run.checkpoint import load_checkpoint
 from reclm.run.output import ScriptParser, check_out, write_whole, writing
 from reclm.run.report import commit
 from reclm.serve.catalogue import Catalogue
-from reclm.serve.choose import add_model_flags, model_path
+from reclm.serve.choose import add_model_flags, chosen_model
 from reclm.serve.exported import CONFIG, FORMAT, GRAPH, HISTORIES, ITEMS, README, Layout, missing, sha256
+from reclm.serve.hub import load_state, open_model
 from reclm.serve.person import Reads
 from reclm.serve.step import check_exportable, example, most_actions, write_graph
 from reclm.serve.trained import open_checkpoint
@@ -94,7 +94,7 @@ def write_page(args: argparse.Namespace) -> None:
     if args.quantize != "none" or args.with_users:
         raise UserError("--quantize and --with_users are for --format=onnx: leave them out")
     check_out(args, [".html"])
-    path = model_path(args.ckpt_name, args.out_dir)
+    path = chosen_model(args)
     write_whole(args.out, lambda work: write_offline_page(path, work))
     print(f"wrote {args.out}, {args.out.stat().st_size:,} bytes: open it in a browser")
 
@@ -125,14 +125,15 @@ def replace_folder(out: Path, work: Path) -> None:
 
 def export(args: argparse.Namespace, work: Path) -> None:
     """Write all files to the folder `work`. Raises UserError for a model that cannot be exported."""
-    path = model_path(args.ckpt_name, args.out_dir)
-    engine, catalogue, reads, said, histories = open_checkpoint(path)
+    path = chosen_model(args)
+    opened = open_model(path) if path.is_dir() else open_checkpoint(path)
+    engine, catalogue, reads, said, histories = opened
     model = engine.model
     check_exportable(model)
-    if args.with_users and not histories.is_file():
+    if args.with_users and (histories is None or not histories.is_file()):
         raise UserError(f"--with_users: there is no {HISTORIES} beside {path}")
     about = {"dataset": said.dataset, "protocol": said.protocol, "trained": said.trained}
-    about |= {"fingerprint": load_checkpoint(path)["fingerprint"], "commit": commit()}
+    about |= {"fingerprint": load_state(path)["fingerprint"], "commit": commit()}
     write_graph(model, reads.times, about, work / GRAPH)
     if args.quantize == "int8":
         quantize(work / GRAPH)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
 from reclm.run.output import ScriptParser
-from reclm.serve.choose import add_model_flags, model_path
+from reclm.serve.choose import add_model_flags, chosen_model
 from reclm.serve.service import Limits, Source
 
 LINGER_SECONDS = 3  # in which requests in flight have to end once the server stops
@@ -88,7 +88,7 @@ def warn(args: argparse.Namespace, address: str) -> None:
         )
 
 
-def work(made: socket.socket, path: Path, limits: Limits, watch: bool) -> None:
+def work(made: socket.socket, source: Source, limits: Limits, watch: bool) -> None:
     """Load the model and serve it until SIGTERM or SIGINT; then exits with code 0."""
     try:
         import uvicorn
@@ -107,10 +107,9 @@ def work(made: socket.socket, path: Path, limits: Limits, watch: bool) -> None:
     if parent := parent_process():
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    source = Source(path)
     model = source.load(limits)
     app = make_app(model, limits, source if watch else None)
-    logging.info("process %d serving %s: %s", os.getpid(), path, model.recommender.about.trained)
+    logging.info("process %d serving %s: %s", os.getpid(), source.path, model.recommender.about.trained)
     # No limit_concurrency: it counts idle connections, so that these could keep others out.
     config = uvicorn.Config(
         app, http="httptools", ws="none", log_config=None, log_level="warning", access_log=False,
@@ -156,7 +155,7 @@ def supervise(count: int, *args) -> None:
 
 def main() -> None:
     args = read_flags()
-    path = model_path(args.ckpt_name, args.out_dir)
+    source = Source(chosen_model(args), args.titles)
     sessions = args.max_sessions if args.workers == 1 else 0
     limits = Limits(args.queue, sessions, args.max_history, not args.no_users)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -166,9 +165,9 @@ def main() -> None:
     warn(args, host)
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if args.workers == 1:
-        work(made, path, limits, args.watch)
+        work(made, source, limits, args.watch)
     else:
-        supervise(args.workers, made, path, limits, args.watch)
+        supervise(args.workers, made, source, limits, args.watch)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_what_was_fetched_is_there_without_network(films, web, monkeypatch):
 def test_eval_only_gives_the_same_metrics(films, web, tmp_path):
     push("--out_dir=run", cwd=films).ok()
     data = f"--data_dir={films / 'data'}"
-    here("--eval_only=true", f"--ckpt_name=hub:{REPO}", data, cwd=tmp_path).ok()
+    here("--eval_only=true", f"--from_hub={REPO}", data, cwd=tmp_path).ok()
     (found,) = (tmp_path / "runs" / "hub" / REPO).glob("eval-*.json")
     ours, theirs = read_json(found), read_json(films / "run" / "result.json")
     assert (ours["valid"], ours["test"]) == (theirs["valid"], theirs["test"])
@@ -244,7 +244,7 @@ def test_eval_only_refuses_other_data(films, web, tmp_path):
         (folder / name).write_bytes((films / "data" / "ml-1m" / name).read_bytes())
 
     def refusal():
-        (line,) = here("--eval_only=true", f"--ckpt_name=hub:{REPO}", "--data_dir=data", cwd=tmp_path).errors
+        (line,) = here("--eval_only=true", f"--from_hub={REPO}", "--data_dir=data", cwd=tmp_path).errors
         return line
 
     (folder / "users.dat").write_text("".join(f"{u}::X::25::1::48067\n" for u in range(1, 61)))
@@ -477,7 +477,7 @@ def test_damaged_and_foreign_models(films, web):
     folder = hub.fetch(REPO)
     with pytest.raises(UserError, match="model.safetensors is damaged: its checksum"):
         Recommender.load(folder)
-    shown = here("--eval_only=true", f"--ckpt_name=hub:{REPO}", cwd=films)
+    shown = here("--eval_only=true", f"--from_hub={REPO}", cwd=films)
     assert shown.code == 2 and len(shown.errors) == 1 and "its checksum" in shown.errors[0]
 
 

@@ -14,11 +14,32 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "[best.pth]",
     )
     parser.add_argument("--out_dir", help="folder of the run [runs/latest, or that of the checkpoint]")
+    parser.add_argument("--from_hub", help="instead: a model of the Hugging Face hub, owner/name")
+    parser.add_argument("--titles", type=Path, help="titles of items that have none: movies.dat or a table")
 
 
 def open_recommender(args: argparse.Namespace) -> Recommender:
     """The recommender that the flags name. Raises UserError if there is none."""
-    return Recommender.load(model_path(args.ckpt_name, args.out_dir))
+    return load(chosen_model(args), args.titles)
+
+
+def load(path: Path, titles: Path | None = None) -> Recommender:
+    """The recommender at a path, with the titles of a table, if given. Raises UserError."""
+    recommender = Recommender.load(path)
+    if titles is not None:
+        from reclm.serve.titles import with_titles  # pandas
+
+        recommender.catalogue = with_titles(recommender.catalogue, titles)
+    return recommender
+
+
+def chosen_model(args: argparse.Namespace) -> Path:
+    """The file or folder that the flags name, fetched from the hub if need be. Raises UserError."""
+    if args.from_hub is not None:
+        from reclm.serve.hub import fetch
+
+        return fetch(args.from_hub)
+    return model_path(args.ckpt_name, args.out_dir)
 
 
 def model_path(ckpt_name: str, out_dir: str | None = None) -> Path:

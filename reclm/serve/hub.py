@@ -25,7 +25,6 @@ from reclm.run.folder import ROOT, chosen_dir
 from reclm.run.output import write_whole
 from reclm.serve.trained import Opened, build_model, open_state
 
-PREFIX = "hub:"  # --ckpt_name=hub:owner/name
 WEIGHTS, ITEMS, SETTINGS, CARD = "model.safetensors", "items.json", "config.json", "README.md"
 FORMAT = "toy-reclm"
 MOST_CODES = 10**7
@@ -293,14 +292,13 @@ ANSWERS = {  # of the hub, by HTTP status
 
 
 def find_model(given: dict) -> tuple[Path, Path]:
-    """(the folder of the run, its checkpoint) for --eval_only. With --ckpt_name=hub:owner/name the checkpoint
-    is the folder of a model, fetched, and the run is in --out_dir [default: runs/hub/owner/name]. Raises
+    """(the folder of the run, its checkpoint) for --eval_only. With --from_hub=owner/name the checkpoint is
+    the folder of a model, fetched, and the run is in --out_dir [default: runs/hub/owner/name]. Raises
     UserError if one of them does not exist."""
-    name = given.get("ckpt_name", "best.pth")
-    if not name.startswith(PREFIX):
+    repo = given.get("from_hub")
+    if repo is None:
         out_dir = chosen_dir(given)
-        return out_dir, find_checkpoint(name, out_dir)
-    repo = name.removeprefix(PREFIX)
+        return out_dir, find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
     path = dist.on_main(lambda: fetch(repo))
     out_dir = Path(given.get("out_dir") or ROOT / "hub" / repo)
     out_dir.mkdir(parents=True, exist_ok=True)

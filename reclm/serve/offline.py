@@ -35,6 +35,8 @@ def write_offline_page(checkpoint: str | Path, out: str | Path) -> int:
     """Write the page of a checkpoint -> its bytes. Raises UserError for a model whose settings it cannot
     compute, and as Recommender.load does."""
     recommender = Recommender.load(checkpoint)
+    if not hasattr(recommender.engine, "model"):
+        raise UserError(f"{checkpoint} is an export already: name the checkpoint that it was made from")
     check(recommender)
     page = (FOLDER / "page.html").read_text()
     packed, script = compress(recommender), (FOLDER / "offline.js").read_text()

@@ -16,6 +16,7 @@ import numpy as np
 from reclm.data.histories import Histories
 from reclm.errors import UserError, one_line
 from reclm.serve.catalogue import Filters
+from reclm.serve.choose import load
 from reclm.serve.person import Person
 from reclm.serve.recommender import Recommender, Session
 
@@ -126,8 +127,8 @@ class Line:
 class Source:
     """Where the model in service comes from, a checkpoint file or an exported folder"""
 
-    def __init__(self, path: Path):
-        self.path, self.loaded = path, None
+    def __init__(self, path: Path, titles: Path | None = None):
+        self.path, self.titles, self.loaded = path, titles, None
 
     def stamp(self) -> list[tuple] | None:
         """What differs once the file, or one of the folder, has been replaced; None while it is missing"""
@@ -141,7 +142,7 @@ class Source:
     def load(self, limits: Limits) -> Model:
         """Raises UserError, as Recommender.load does."""
         self.loaded = self.stamp()  # before the reading: a file that changes meanwhile is read again
-        return Model(Recommender.load(self.path), limits, self.path.name)
+        return Model(load(self.path, self.titles), limits, self.path.name)
 
 
 class Service:
