@@ -146,8 +146,9 @@ class Catalogue:
 
     @lru_cache(maxsize=32)  # noqa: B019 (a catalogue lives as long as its model)
     def left_out(self, filters: Filters) -> np.ndarray:
-        """(V,) bool: may not be recommended, seen items aside. Raises UserError for an unknown genre, for
-        genres or years that the data do not have, and for a range of years that is empty."""
+        """The numbers of items that may not be recommended, and 0; seen items are not among them. Raises
+        UserError for an unknown genre, for genres or years that the data do not have, and for a range of
+        years that is empty."""
         allowed = np.ones(len(self) + 1, bool)
         allowed[0] = False
         if filters.genres:
@@ -172,6 +173,6 @@ class Catalogue:
             listed[list(filters.candidates)] = True
             allowed &= listed
         allowed[list(filters.exclude)] = False
-        left_out = ~allowed
+        left_out = np.flatnonzero(~allowed)
         left_out.flags.writeable = False  # it is kept for the next call
         return left_out

@@ -198,7 +198,8 @@ class Recommender:
 
     def best_of_candidates(self, person: Person, k: int, filters: Filters) -> tuple[np.ndarray, np.ndarray]:
         """The same with a model of --task=ctr, whose scores are probabilities of a positive action."""
-        allowed = ~self.catalogue.left_out(filters)
+        allowed = np.ones(len(self.catalogue) + 1, bool)
+        allowed[self.catalogue.left_out(filters)] = False
         if not self.includes_seen(filters):
             allowed[person.items] = False
         candidates = np.flatnonzero(allowed)
