@@ -238,7 +238,7 @@ def test_bad_input_is_one_line(runs, flags, named):
     assert snapshot(runs) == before
 
 
-@pytest.mark.parametrize("how", ["truncated", "foreign", "other lengths"])
+@pytest.mark.parametrize("how", ["truncated", "foreign", "other lengths", "other items"])
 def test_damaged_histories_are_refused(runs, tmp_path, how):
     folder = shutil.copytree(runs / "runs" / "latest", tmp_path / "run")
     path = folder / "histories.npz"
@@ -248,7 +248,8 @@ def test_damaged_histories_are_refused(runs, tmp_path, how):
         np.savez(path, users=np.array(["u1"]))
     else:
         with np.load(path) as file:
-            np.savez(path, **dict(file) | {"offsets": np.array([0, 3])})
+            given = {"offsets": np.array([0, 3])} if "lengths" in how else {"item_ids": file["item_ids"] + 1}
+            np.savez(path, **dict(file) | given)
     shown = run(runs, f"--out_dir={folder}", "--user=u1")
     assert shown.code == 2 and len(shown.errors) == 1 and "histories.npz" in shown.errors[0]
     assert len(lines(run(runs, f"--out_dir={folder}", "--history=i1"))) == 10  # needs none

@@ -27,7 +27,6 @@ from reclm.serve.service import Limits, Model, Service, Source
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'self' 'unsafe-inline'; img-src 'self' data: ; connect-src 'self'"
-SHOWN_HISTORY = 100  # actions of a user
 K = Annotated[int, Query(ge=1, le=MOST_K)]
 
 
@@ -313,7 +312,7 @@ async def user(user: str, request: Request, k: K = 10) -> Response:
     except UserError as error:
         raise not_found(str(error)) from None
     found = await service.line.call(lambda: model.recommender.recommend(person, k), model.in_thread)
-    recent = person.keep(slice(-SHOWN_HISTORY, None))
+    recent = person.keep(slice(-service.limits.max_history, None))  # what POST /recommend takes
     texts = model.recommender.reads.codes.get("actions", [])
     ratings = recent.codes.get("actions", np.zeros(len(recent), np.int64)).tolist()
     history = [

@@ -93,7 +93,10 @@ class Recommender:
         """The users of the training data. Raises UserError if they are unknown here."""
         if self.histories_file is None:
             raise UserError("this model comes without its users: name the items of a person instead")
-        return read_histories(self.histories_file)
+        known = read_histories(self.histories_file)
+        if known.item_ids.max(initial=0) > len(self.catalogue):
+            raise UserError(f"{self.histories_file} belongs to another model: it has items that are not here")
+        return known
 
     @property
     def knows_users(self) -> bool:
