@@ -42,7 +42,7 @@ def flag_names():
     """Of main.py, torchrun and all scripts."""
     names = FIELDS.keys() | {"standalone", "nproc_per_node", "config", "help"}
     for script in (ROOT / "scripts").rglob("*.py"):
-        names |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script.read_text()))
+        names |= set(re.findall(r'\badd(?:_argument)?\(\s*"--(\w+)"', script.read_text()))
     return names
 
 
