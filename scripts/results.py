@@ -15,6 +15,7 @@ published table, which --write fills in between `<!-- block: NAME -->` and `<!--
     {p3_best n}                           the number of seeds
     {peers.json results/ours/users/s/median:,.0f}  a value of configs/records/peers.json; a table, if it is
                                           a list of rows or a dict
+    {peers.json results/ours/users/s:,.0f}  median (min to max) of such a value
 """
 
 import json
@@ -116,6 +117,8 @@ def fill(template: str, folder: Path = RECORDS) -> str:
         found = values(name, "run" if path == "n" else path, folder)
         if path == "n":
             return str(len(found))
+        if isinstance(found[0], dict) and form:
+            return "{median} ({min} to {max})".format(**{key: format(x, form) for key, x in found[0].items()})
         if isinstance(found[0], dict | list):
             return as_table(found[0])
         if isinstance(found[0], str):

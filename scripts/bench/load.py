@@ -26,6 +26,7 @@ HISTORY = 100  # items of a request
 BODIES = 64  # different requests
 SECONDS, WARM_UP = 2.0, 0.5  # of a figure; requests that end in the warm-up do not count
 CONNECTIONS = (1, 16)
+WORKERS = (1, 2)
 BURST = ((2.0, 16), (3.0, 160), (4.0, 16))  # (seconds, connections): before, during and after
 WINDOW = 0.5  # seconds; after a burst, each has a 99th percentile of its own
 BACK = 1.5  # times the 99th percentile before the burst: what counts as back to normal
@@ -159,7 +160,7 @@ def http(bench: "Bench") -> dict:
 
     for _ in range(bench.args.rounds):
         for runtime, model in bench.models.items():
-            for workers in (1, 2):
+            for workers in WORKERS:
                 with serving(model, workers, log) as server:
                     measure(server, f"{runtime}, {workers} worker{'s'[: workers - 1]}", requests)
                     if workers == 1:

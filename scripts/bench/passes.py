@@ -21,7 +21,7 @@ from reclm.serve.top_k import score_items, top_k
 if TYPE_CHECKING:
     from serve import Bench
 
-ADDITIONS = 2_000  # to sessions, per round
+ADDITIONS = 1_000  # to sessions, per round
 WHOLE_PASSES = 20  # beside them
 MANY_ITEMS, DIM = 1_000_000, 64
 REPEATS = 20  # of each piece of work on many items, per round

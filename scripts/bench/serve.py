@@ -199,7 +199,7 @@ def read_args() -> argparse.Namespace:
 
 def measured(part: str, bench: Bench) -> dict:
     """A part of the record: what it found as {name: {column: `summary`}}, and under which circumstances."""
-    load_before, begin = os.getloadavg()[0], time.time()
+    load_before, begin, circumstances = os.getloadavg()[0], time.time(), stamp()
     say(f"{part}: load average {load_before:.2f}")
     found = PARTS[part](bench)
     rounds = found.pop("rounds")
@@ -207,16 +207,17 @@ def measured(part: str, bench: Bench) -> dict:
         name: {column: summary([row[column] for row in rows]) for column in rows[0]}
         for name, rows in rounds.items()
     }
-    for name, columns in found["results"].items():
-        for column, value in columns.items():
-            say(f"{part}: {name}, {column}: {cell(value)}")
-    for name, value in found.items():
-        if name != "results":
-            say(f"{part}: {name}: {value}")
+    others = {name: value for name, value in found.items() if name != "results"}
+    for name, value in (found["results"] | others).items():
+        for column, figure in value.items() if isinstance(value, dict) else [("", value)]:
+            say(f"{part}: {name}{', ' * bool(column)}{column}: {cell(figure)}")
     load_after = os.getloadavg()[0]
     say(f"{part}: load average {load_after:.2f}, {time.time() - begin:.0f} s\n")
-    circumstances = stamp() | {"load": {"before": load_before, "after": load_after}}
-    return circumstances | {"command": " ".join(sys.argv)} | found | {"rounds": rounds}
+    flags = (
+        f"--parts={part} --rounds={bench.args.rounds} --soak={bench.args.soak:g}"  # paths differ elsewhere
+    )
+    circumstances |= {"command": f"python scripts/bench/serve.py {flags}"}
+    return circumstances | {"load": {"before": load_before, "after": load_after}} | found | {"rounds": rounds}
 
 
 def hardware() -> dict:
