@@ -118,7 +118,12 @@ class HSTUBlock(nn.Module):
             return self.attend(**inputs, ctx=ctx)
         return self.loop_over_sequences(inputs, ctx)
 
-    @torch.compiler.disable  # sizes change with every batch
+    def compile(self, *args, **kwargs) -> None:
+        """nn.Module.compile, but for the loops, whose sizes change with every batch. As a decorator,
+        `disable` would import the compiler, for a second, in every program."""
+        self.loop_over_sequences = torch.compiler.disable(self.loop_over_sequences)
+        super().compile(*args, **kwargs)
+
     def loop_over_sequences(self, inputs: dict[str, Tensor], ctx: Context) -> Tensor:
         (batch, heads, queries, _), length = inputs["q"].shape, inputs["k"].shape[2]
         scale = part_scale(inputs["q"])
