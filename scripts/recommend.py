@@ -18,6 +18,10 @@ user, item and perhaps timestamp, the time at which the item is shown: then each
 complete history of its user, and all are written to --out, each user's best first.
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported, see reclm/serve/__init__.py
+
 import argparse
 import shutil
 import sys
@@ -96,7 +100,7 @@ def main() -> None:
 
 def recommend_to_one(args: argparse.Namespace) -> None:
     recommender = open_recommender(args)
-    person = person_of(args, recommender)
+    person = person_of(args, recommender, of_two=bool(args.rerank))
     filters = filters_of(args, recommender)
     scorer, reader = recommender, person
     if args.rerank:
@@ -161,8 +165,8 @@ def score_pairs(args: argparse.Namespace) -> None:
     say(f"{dist.on_main(score_and_write):,} candidates, written to {args.out}")
 
 
-def person_of(args: argparse.Namespace, recommender: Recommender) -> Person:
-    return read_person(recommender, args.user, args.history, args.profile, args.at)
+def person_of(args: argparse.Namespace, recommender: Recommender, of_two: bool = False) -> Person:
+    return read_person(recommender, args.user, args.history, args.profile, args.at, of_two)
 
 
 def filters_of(args: argparse.Namespace, recommender: Recommender) -> Filters:

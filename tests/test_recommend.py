@@ -156,6 +156,9 @@ def test_two_stages(runs):
     wanted = ctr.recommend(person, 5)  # fewer than 200 items: the same as without the first stage
     assert [(row[1], row[2]) for row in shown] == [(item.title, round(item.score, 3)) for item in wanted]
     assert all(0 < row[2] < 1 for row in shown)
+    typed = lines(run(runs, "--history=i1=1;i2=5;i3", "--k=3", "--rerank=ctr/best.pth"))
+    wanted = ctr.recommend(ctr.person(["i1", "i2", "i3"], ["1", "5", None]), 3)
+    assert [row[2] for row in typed] == [round(item.score, 3) for item in wanted]
     assert "because of" in run(runs, *flags, "--why").ok().stdout
 
 

@@ -58,15 +58,24 @@ def read_time(text: str | None) -> float | None:
 
 
 def read_person(
-    recommender: Recommender, user: str | None, history: str | None, profile: str | None, at: str | None
+    recommender: Recommender,
+    user: str | None,
+    history: str | None,
+    profile: str | None,
+    at: str | None,
+    of_two: bool = False,
 ) -> Person:
     """The user of the training data with this id, or else a person with this typed history and profile.
-    Raises UserError for what cannot be read, and for what the model does not know or does not read."""
+    Raises UserError for what cannot be read, and for what the model does not know or does not read; the
+    latter is ignored for the first model `of_two`."""
+    reads = recommender.reads
+    if of_two:
+        profile, at = profile if reads.profile else None, at if reads.times else None
     moment = read_time(at)
     if user is not None:
         if profile:
             raise UserError("--profile is for --history: that of a --user is known")
-        if moment is not None and not recommender.reads.times:
+        if moment is not None and not reads.times:
             raise UserError("this model does not read times: leave --at out")
         person = recommender.user(user, moment)
         if moment is not None and len(person.times) and moment < person.times[-1]:
@@ -75,6 +84,8 @@ def read_person(
         return person
     entries = [split_entry(entry, recommender.catalogue) for entry in read_list("history", history or "")]
     items, ratings, times = zip(*entries, strict=True)
+    if of_two:
+        ratings, times = ratings if "actions" in reads.codes else (), times if reads.times else (None,)
     if any(time is not None for time in times) and None in times:
         raise UserError("--history has times for some items only: give one for each, or none")
     return recommender.person(items, ratings, read_profile(profile), moment, [] if None in times else times)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads halve the speed of a shared CPU
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see reclm/serve/__init__.py
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the spine
 
 import numpy as np
