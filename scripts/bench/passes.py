@@ -91,20 +91,23 @@ def session_costs(recommender: Recommender, seed: int) -> dict[str, float]:
 
 
 def why(bench: "Bench") -> dict:
-    """ms to explain ten recommendations by the last PAST items of a history"""
+    """ms to explain ten recommendations by PAST items: all of a history, or the last of a longer one"""
     torch.set_num_threads(1)
     recommenders = {name: Recommender.load(path) for name, path in bench.models.items()}
     lengths = np.diff(bench.recommender.histories.offsets)
     users = np.flatnonzero(lengths >= min(PAST, lengths.max())).tolist()[:EXPLAINED]
-    rounds = {name: [] for name in recommenders}
+    whole = [bench.recommender.user_at(user) for user in users]
+    groups = {"": [person.keep(slice(-PAST, None)) for person in whole], ", longer history": whole}
+    rounds = {name + group: [] for group in groups for name in recommenders}
     for _ in range(bench.args.rounds):
-        for name, recommender in recommenders.items():
-            rounds[name].append(latency([explaining(recommender, bench, user) for user in users]))
+        for group, people in groups.items():
+            for name, recommender in recommenders.items():
+                times = [explaining(recommender, person) for person in people]
+                rounds[name + group].append(latency(times))
     return {"rounds": rounds}
 
 
-def explaining(recommender: Recommender, bench: "Bench", user: int) -> float:
-    person = bench.recommender.user_at(user)
+def explaining(recommender: Recommender, person: Person) -> float:
     items = [item.id for item in recommender.recommend(person, 10, NEW)]
     return milliseconds(lambda: recommender.why(person, items, last=PAST))
 
