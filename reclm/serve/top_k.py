@@ -2,7 +2,7 @@
 
 import numpy as np
 
-IN_CACHE = 2**25  # bytes: larger tables are read from memory for each product
+IN_CACHE = 2**23  # bytes: larger tables are read from memory, or nearly, for each product
 FEW = 4  # persons
 
 
