@@ -280,6 +280,8 @@ def test_filters_that_cannot_be_meant_are_refused():
         recommender.recommend(["100"], 0)
     with pytest.raises(UserError, match="an empty history"):
         recommender.recommend([])
+    with pytest.raises(UserError, match="a list of items"):
+        recommender.recommend("100")
 
 
 def test_a_model_that_ranks_seen_items_recommends_them():

@@ -152,6 +152,8 @@ class Recommender:
         return Person(items, times, codes, known.profiles[index].astype(np.int64), at, int(index))
 
     def as_person(self, history: "Person | Iterable[str]") -> Person:
+        if isinstance(history, str):  # else its letters would be items
+            raise UserError(f"a history is a list of items: [{history!r:.60}]")
         return history if isinstance(history, Person) else self.person(history)
 
     # ------------------------------------------------------------------ recommendations
