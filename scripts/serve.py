@@ -61,14 +61,17 @@ def read_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError for a port in use and an unknown host."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A listening socket. Several processes may have a `shared` one at the same port, and the system deals
+    out connections evenly. Raises UserError for a port in use and an unknown host."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # With protocol 0, as uvicorn's own --workers makes it, asyncio leaves out TCP_NODELAY, and every
         # request on a connection that is kept waits 40 ms for a delayed acknowledgement.
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind(address)
         made.listen(2048)
     except (OSError, UnicodeError) as error:
@@ -123,12 +126,13 @@ def end_with(parent) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work_in_process(*args) -> None:
-    run_script(lambda: work(*args))
+def work_in_process(host: str, port: int, *args) -> None:
+    # One socket for all would leave most connections to the process that happens to wake up first.
+    run_script(lambda: work(listen(host, port, shared=True), *args))
 
 
 def supervise(count: int, *args) -> None:
-    """Run `work` in processes that share the socket, until SIGTERM or SIGINT. Raises UserError when one of
+    """Run `work` in processes that share the port, until SIGTERM or SIGINT. Raises UserError when one of
     them ends by itself, after the others have ended, too."""
     context, workers, stopping = get_context("spawn"), [], threading.Event()
 
@@ -167,7 +171,8 @@ def main() -> None:
     if args.workers == 1:
         work(made, source, limits, args.watch)
     else:
-        supervise(args.workers, made, source, limits, args.watch)
+        made.close()
+        supervise(args.workers, args.host, port, source, limits, args.watch)
 
 
 if __name__ == "__main__":

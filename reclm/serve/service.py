@@ -21,7 +21,6 @@ from reclm.serve.person import Person
 from reclm.serve.recommender import Recommender, Session
 
 LONGEST_IN_LOOP = 0.01  # seconds of a pass up to which it runs in the event loop, see Line
-SLICE_SECONDS = 0.02
 POLL_SECONDS = 1.0
 
 log = logging.getLogger("reclm.serve")
@@ -80,8 +79,8 @@ def pass_seconds(recommender: Recommender) -> float:
 
 class Line:
     """Calls of the model in the order of arrival. Those of about a millisecond run in the event loop, which
-    is faster than the way to a thread and back, for SLICE_SECONDS at a time; in between the loop serves its
-    connections. Longer ones run in the one thread of the model while the loop goes on."""
+    is faster than the way to a thread and back. Longer ones run in the one thread of the model while the loop
+    goes on."""
 
     def __init__(self, most: int):
         self.most, self.length = most, 0
@@ -110,18 +109,15 @@ class Line:
             self.length -= 1
 
     def serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        end = time.perf_counter() + SLICE_SECONDS
-        while self.waiting:
-            function, future = self.waiting[0]
-            if not future.cancelled():
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
-            self.waiting.popleft()
-            if self.waiting and time.perf_counter() > end:
-                loop.call_soon(self.serve, loop)
-                return
+        """The first call that waits. The loop sends answers and reads requests before the next one."""
+        function, future = self.waiting.popleft()
+        if not future.cancelled():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        if self.waiting:
+            loop.call_soon(self.serve, loop)
 
 
 class Source:
