@@ -126,13 +126,12 @@ def end_with(parent) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work_in_process(host: str, port: int, *args) -> None:
-    # One socket for all would leave most connections to the process that happens to wake up first.
-    run_script(lambda: work(listen(host, port, shared=True), *args))
+def work_in_process(*args) -> None:
+    run_script(lambda: work(*args))
 
 
-def supervise(count: int, *args) -> None:
-    """Run `work` in processes that share the port, until SIGTERM or SIGINT. Raises UserError when one of
+def supervise(sockets: list[socket.socket], *args) -> None:
+    """Run `work` in one process per socket, until SIGTERM or SIGINT. Raises UserError when one of
     them ends by itself, after the others have ended, too."""
     context, workers, stopping = get_context("spawn"), [], threading.Event()
 
@@ -143,8 +142,8 @@ def supervise(count: int, *args) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    for _ in range(count):
-        worker = context.Process(target=work_in_process, args=args)
+    for made in sockets:
+        worker = context.Process(target=work_in_process, args=(made, *args))
         worker.start()
         workers.append(worker)
     if not stopping.is_set():
@@ -171,8 +170,10 @@ def main() -> None:
     if args.workers == 1:
         work(made, source, limits, args.watch)
     else:
-        made.close()
-        supervise(args.workers, args.host, port, source, limits, args.watch)
+        made.close()  # it has shown that nobody else uses the port
+        # With one socket for all, most connections would go to the process that happens to wake up first.
+        sockets = [listen(args.host, port, shared=True) for _ in range(args.workers)]
+        supervise(sockets, source, limits, args.watch)
 
 
 if __name__ == "__main__":
