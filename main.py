@@ -70,7 +70,8 @@ def evaluate_checkpoint(given: dict) -> None:
     eval-<checkpoint>.json. Raises UserError without a usable checkpoint."""
     out_dir, path = hub.find_model(given)
     cfg, dataset, model = open_checkpoint(given, path)
-    keep_histories(out_dir, dataset)
+    if path.parent == out_dir:
+        keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.library import define
 from tqdm import tqdm
 
 from data import load_dataset
@@ -46,7 +47,7 @@ def import_timm() -> ModuleType:
             # do not load, and its import fails at the first of these two. timm calls neither, so declaring
             # them is enough.
             for name in ("torchvision::nms", "torchvision::qnms"):
-                torch.library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import timm
         import timm.data
 

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_card import Published, write_card
 
 from reclm.errors import UserError, run_script
-from reclm.run import checkpoint, folder
 from reclm.run.output import ScriptParser, writing
 from reclm.serve import hub
+from reclm.serve.choose import model_path
 
 
 def write(args: argparse.Namespace, path: Path, out: Path) -> None:
@@ -55,8 +55,7 @@ def main() -> None:
         raise UserError(
             f"--licence={args.licence} is no name of a licence on the hub, such as mit or cc-by-4.0"
         )
-    given = {"ckpt_name": args.ckpt_name} | ({"out_dir": args.out_dir} if args.out_dir else {})
-    path = checkpoint.find_checkpoint(args.ckpt_name, folder.chosen_dir(given))
+    path = model_path(args.ckpt_name, args.out_dir)
     if args.dry_run:
         out = args.dry_run
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):

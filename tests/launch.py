@@ -194,6 +194,22 @@ def write_csv(path: Path, num_users: int = 40, num_items: int = 25, first_item: 
     return path
 
 
+def write_movielens(folder: Path, titles: list[str], genres: tuple[str, str]) -> Path:
+    """A small MovieLens-1M in GroupLens' layout under data/: 60 users, one of two genres per title."""
+    (folder / "data" / "ml-1m").mkdir(parents=True)
+    made = {
+        "ratings.dat": [
+            f"{u}::{1 + (3 * u + t) % len(titles)}::{1 + (u + t) % 5}::{1000 + 40000 * t}"
+            for u in range(1, 61) for t in range(6 + u % 9)
+        ],
+        "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
+        "movies.dat": [f"{i}::{title}::{genres[i % 2]}" for i, title in enumerate(titles, 1)],
+    }  # fmt: skip
+    for name, rows in made.items():
+        (folder / "data" / "ml-1m" / name).write_text("\n".join(rows) + "\n")
+    return folder
+
+
 def read_rows(folder: Path) -> list[dict]:
     """metrics.jsonl, without the times it took."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launch import MAIN, TINY, here, read_json, read_state
+from launch import MAIN, TINY, here, read_json, read_state, write_movielens
 
 sys.path.insert(0, str(MAIN.parent / "scripts"))
 import model_card
@@ -153,18 +153,11 @@ def web(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     """A folder with a run on MovieLens-1M in small: profiles, ratings and content."""
-    folder = tmp_path_factory.mktemp("films")
-    (folder / "data" / "ml-1m").mkdir(parents=True)
-    made = {
-        "ratings.dat": [
-            f"{u}::{1 + (3 * u + t) % 40}::{1 + (u + t) % 5}::{1000 + 40000 * t}"
-            for u in range(1, 61) for t in range(6 + u % 9)
-        ],
-        "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
-        "movies.dat": [f"{i}::Zebu {i} ({1960 + i})::{('Wax', 'Wax|Dada')[i % 2]}" for i in range(1, 41)],
-    }  # fmt: skip
-    for name, rows in made.items():
-        (folder / "data" / "ml-1m" / name).write_text("\n".join(rows) + "\n")
+    folder = write_movielens(
+        tmp_path_factory.mktemp("films"),
+        [f"Zebu {i} ({1960 + i})" for i in range(1, 41)],
+        ("Wax", "Wax|Dada"),
+    )
     inputs = ["--profile_tokens=true", "--action_embedding=true", "--item_features=genres,year,title"]
     here(*TINY, *inputs, "--dataset=ml-1m", "--num_epochs=2", "--out_dir=run", cwd=folder).ok()
     return folder

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from launch import MAIN, Running, here, read_json, write_csv
+from launch import MAIN, Running, here, read_json, write_csv, write_movielens
 from test_embed import SENTENCES
 
 from reclm.config import FIELDS
@@ -49,19 +49,7 @@ def flag_names():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with a small MovieLens-1M in GroupLens' layout under data/."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "data" / "ml-1m").mkdir(parents=True)
-    made = {
-        "ratings.dat": [
-            f"{u}::{1 + (3 * u + t) % 40}::{1 + (u + t) % 5}::{1000 + 40000 * t}"
-            for u in range(1, 61) for t in range(6 + u % 9)
-        ],
-        "users.dat": [f"{u}::{'FM'[u % 2]}::25::{u % 20}::4806{u % 10}" for u in range(1, 61)],
-        "movies.dat": [f"{i}::{title}::{('War', 'War|Drama')[i % 2]}" for i, title in enumerate(FILMS, 1)],
-    }  # fmt: skip
-    for name, rows in made.items():
-        (folder / "data" / "ml-1m" / name).write_text("\n".join(rows) + "\n")
-    return folder
+    return write_movielens(tmp_path_factory.mktemp("readme"), FILMS, ("War", "War|Drama"))
 
 
 def test_first_command_is_near_the_top_and_as_typed():

@@ -198,6 +198,12 @@ def test_an_evaluation_writes_the_users_of_an_older_run(runs, tmp_path):
     flags = ["--eval_only=true", f"--out_dir={folder}", "--dataset=moved.csv"]
     here(*flags, cwd=runs).ok()
     assert len(lines(run(runs, f"--out_dir={folder}", "--user=u1"))) == 10
+    (tmp_path / "other").mkdir()
+    given = [f"--ckpt_name={folder / 'best.pth'}", f"--out_dir={tmp_path / 'other'}", "--dataset=moved.csv"]
+    here("--eval_only=true", *given, cwd=runs).ok()
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [
+        "eval-best.json"
+    ]  # they lie beside the model
 
 
 @pytest.mark.parametrize(
@@ -255,6 +261,11 @@ def test_damaged_histories_are_refused(runs, tmp_path, how):
             np.savez(path, **dict(file) | given)
     shown = run(runs, f"--out_dir={folder}", "--user=u1")
     assert shown.code == 2 and len(shown.errors) == 1 and "histories.npz" in shown.errors[0]
+    if how == "truncated":  # as the message says
+        assert "delete it, then evaluate" in shown.errors[0]
+        path.unlink()
+        here("--eval_only=true", f"--out_dir={folder}", "--dataset=moved.csv", cwd=runs).ok()
+        assert len(lines(run(runs, f"--out_dir={folder}", "--user=u1"))) == 10
     assert len(lines(run(runs, f"--out_dir={folder}", "--history=i1"))) == 10  # needs none
 
 

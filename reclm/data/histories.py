@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # it imports pandas
     from reclm.data.dataset import Dataset
 
 FILE = "histories.npz"
+AGAIN = "delete it, then evaluate the run once (main.py --eval_only=true) to write it again"
 PREFIX = "code "  # of the names of codes in the file
 
 
@@ -70,11 +71,12 @@ def read_histories(path: Path) -> Histories:
         with np.load(path, allow_pickle=False) as file:
             histories = Histories(dict(file))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated or not what main.py wrote ({first_line(error)})") from None
+        raise UserError(f"{path} is truncated or foreign ({first_line(error)}): {AGAIN}") from None
     rows, users = len(histories.item_ids), len(histories.users)
     good = histories.offsets.shape == (users + 1,) and histories.profiles.shape[:1] == (users,)
     good = good and not (np.diff(histories.offsets, prepend=0, append=rows) < 0).any()
+    good = good and histories.item_ids.min(initial=1) > 0
     good = good and all(len(codes) == rows for codes in histories.codes.values())
     if not good or len(histories.timestamps) not in (0, rows):
-        raise UserError(f"{path} is damaged: its arrays disagree; evaluate the run once to write it again")
+        raise UserError(f"{path} is damaged, its arrays disagree: {AGAIN}")
     return histories

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reclm.config import ModelConfig
 from reclm.nn.context import EMPTY, Context, KVCache, rotations
 
 
@@ -75,8 +76,7 @@ def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Ten
     where the rows have them, timestamps, next_timestamps (the time of the request to come) and codes. Returns
     hidden (B, D) after the action. Raises ValueError if a row is full."""
     cfg = model.cfg
-    exact = cfg.window and cfg.n_layers * cfg.window < cfg.max_len
-    if history.num_actions.max() >= cfg.max_len and not exact:
+    if is_full(model, history):
         raise ValueError(
             f"a row has {cfg.max_len} actions, as many as this model sees: call read() on the last ones"
         )
@@ -119,6 +119,16 @@ def extend(model: nn.Module, history: History, action: dict[str, Tensor]) -> Ten
     history.last["num_before"] = history.last["num_before"] + 1
     history.hidden = hidden.gather(1, (last - first)[..., None].expand(-1, -1, cfg.dim))[:, 0]
     return history.hidden
+
+
+def forgets(cfg: ModelConfig) -> bool:
+    """Does no layer look back to the first of max_len actions? Then a row goes on exactly beyond them."""
+    return bool(cfg.window) and cfg.n_layers * cfg.window < cfg.max_len
+
+
+def is_full(model: nn.Module, history: History) -> bool:
+    """Would one more action make a row other than that of reading the last max_len again?"""
+    return int(history.num_actions.max()) >= model.cfg.max_len and not forgets(model.cfg)
 
 
 def per_action(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:

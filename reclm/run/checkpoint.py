@@ -8,7 +8,7 @@ only (weights_only=True), so that a file cannot run code.
     dataset, protocol, fingerprint, ids      the data that it fits
     num_rows, user_keys, user_rows, last_time   how to tell whether these have grown (reclm/data/grown.py)
     vocabulary, items, titles, genre_names, item_counts, values   what inference needs of the data
-                                (`about_data`); who did what is in histories.npz (reclm/run/histories.py)
+                                (`about_data`); who did what is in histories.npz (reclm/data/histories.py)
 
 There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
 """

@@ -143,28 +143,10 @@ async def metrics(request: Request) -> Response:
 async def about(request: Request) -> Response:
     service = service_of(request)
     model = service.model
-    recommender = model.recommender
-    shown, reads, catalogue = recommender.about, recommender.reads, recommender.catalogue
-    years = catalogue.years[catalogue.years > 0]
-    content = {
-        "dataset": shown.dataset,
-        "protocol": shown.protocol,
-        "trained": shown.trained,
+    content = model.recommender.describe() | {
         "checkpoint": model.name,
-        "items": len(catalogue),
         "users": len(model.histories) if model.histories else 0,
-        "titled": catalogue.titled,
-        "reads": {
-            "ratings": reads.codes.get("actions", []),
-            "profile": reads.profile,
-            "times": reads.times,
-            "request_time": reads.request_time,
-            "max_len": reads.max_len,
-        },
-        "genres": catalogue.genre_names,
-        "years": [int(years.min()), int(years.max())] if len(years) else None,
         "limits": {"k": MOST_K, "history": service.limits.max_history, "why": MOST_WHY},
-        "task": shown.config["task"],
     }
     return reply(content)
 

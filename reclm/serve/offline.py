@@ -88,23 +88,9 @@ def contents(recommender: Recommender, weights: bytearray) -> dict[str, Any]:
 
 
 def describe(recommender: Recommender) -> dict[str, Any]:
-    """The answer to GET /model"""
-    about, reads, catalogue = recommender.about, recommender.reads, recommender.catalogue
-    years = catalogue.years[catalogue.years > 0]
-    return {
-        "dataset": about.dataset,
-        "protocol": about.protocol,
-        "trained": about.trained,
-        "items": len(catalogue),
-        "users": 0,
-        "titled": catalogue.titled,
-        "reads": {"ratings": reads.codes.get("actions", []), "profile": {}, "max_len": reads.max_len},
-        "genres": catalogue.genre_names,
-        "years": [int(years.min()), int(years.max())] if len(years) else None,
-        "limits": LIMITS,
-        "task": about.config["task"],
-        "includes_seen": about.config["filter_seen"] is False,
-    }
+    """The answer to GET /model, and what offline.js leaves out by default"""
+    seen = recommender.about.config["filter_seen"] is False
+    return recommender.describe() | {"users": 0, "limits": LIMITS, "includes_seen": seen}
 
 
 Pack = Callable[..., dict[str, int]]  # `pack` with its first argument

@@ -106,6 +106,28 @@ class Recommender:
     def is_ctr(self) -> bool:
         return self.about.config["task"] == "ctr"
 
+    def describe(self) -> dict[str, Any]:
+        """What a person should know of the model, as plain values"""
+        about, reads, catalogue = self.about, self.reads, self.catalogue
+        years = catalogue.years[catalogue.years > 0]
+        return {
+            "dataset": about.dataset,
+            "protocol": about.protocol,
+            "trained": about.trained,
+            "items": len(catalogue),
+            "titled": catalogue.titled,
+            "reads": {
+                "ratings": reads.codes.get("actions", []),
+                "profile": reads.profile,
+                "times": reads.times,
+                "request_time": reads.request_time,
+                "max_len": reads.max_len,
+            },
+            "genres": catalogue.genre_names,
+            "years": [int(years.min()), int(years.max())] if len(years) else None,
+            "task": about.config["task"],
+        }
+
     # ------------------------------------------------------------------ persons
 
     def person(

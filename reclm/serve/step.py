@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from model import SequenceRecommender
 from reclm.errors import UserError
 from reclm.nn.context import Context, KVCache, rotations
+from reclm.nn.incremental import forgets
 
 OUTPUTS = ("hidden", "scores", "present", "item_table")
-OPSET = 23  # the first with Attention and RMSNormalization; 20 % faster than 20
+OPSET = 23  # the first with Attention and RMSNormalization
 
 
 class Past(KVCache):
@@ -73,11 +74,9 @@ class Step(nn.Module):
 
 
 def most_actions(model: SequenceRecommender) -> int:
-    """How many actions a row of a session may hold before it is read again: max_len, or more if no layer
-    looks back further than that (see reclm/nn/incremental.py)."""
-    cfg = model.cfg
-    exact = cfg.window and cfg.n_layers * cfg.window < cfg.max_len
-    return cfg.max_len * (2 if exact else 1)
+    """How many actions a row of a session may hold before it is read again: max_len, or twice as many where
+    that changes nothing."""
+    return model.cfg.max_len * (2 if forgets(model.cfg) else 1)
 
 
 def check_exportable(model: SequenceRecommender) -> None:

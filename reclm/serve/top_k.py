@@ -9,8 +9,8 @@ FEW = 4  # persons
 def score_items(hidden: np.ndarray, table: np.ndarray) -> np.ndarray:
     """User embeddings (B, D) and item factors (V, D), float32 -> scores (B, V), their dot products"""
     if len(hidden) <= FEW and table.nbytes > IN_CACHE:
-        # One dot product per item is as fast as reading the table; the matrix product of BLAS takes longer,
-        # up to three times for one person, and seven times for two, because it copies the table first.
+        # One dot product per item is as fast as reading the table (scripts/bench/serve.py); the matrix
+        # product of BLAS takes longer.
         return np.vecdot(table, hidden[:, None])
     return hidden @ table.T
 

@@ -11,7 +11,7 @@ from reclm.config import Config, build_config
 from reclm.data.histories import FILE
 from reclm.errors import UserError
 from reclm.metrics import choosing_metric
-from reclm.nn.incremental import History, extend, read
+from reclm.nn.incremental import History, extend, is_full, read
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
 from reclm.run.process import check_memory, keep_freed_memory
 from reclm.serve.about import About
@@ -104,9 +104,7 @@ class TorchEngine:
         return history, history.hidden[0].cpu().numpy()
 
     def extend(self, state: History, batch: dict[str, np.ndarray]) -> np.ndarray | None:
-        cfg = self.model.cfg
-        exact = cfg.window and cfg.n_layers * cfg.window < cfg.max_len
-        if state.num_actions.max() >= cfg.max_len and not exact:
+        if is_full(self.model, state):
             return None
         action = {name: tensor[:, 0] for name, tensor in self.tensors(batch).items() if tensor.dim() == 2}
         action.pop("profiles", None)
