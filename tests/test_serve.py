@@ -176,18 +176,19 @@ def test_scores_are_dot_products_however_large_the_table(monkeypatch, persons):
 def test_top_k_is_a_stable_sort(size):
     rng = np.random.default_rng(size)
     for k in (1, 3, 10, size, size + 5):
-        scores = rng.integers(0, 50, size).astype(np.float32) / 7  # with many ties
-        scores[rng.random(size) < 0.3] = -np.inf
-        wanted = np.argsort(-scores, kind="stable")[:k]
-        wanted = wanted[scores[wanted] > -np.inf]
-        assert top_k(scores, k).tolist() == wanted.tolist()
+        scores = rng.integers(0, 50, (5, size)).astype(np.float32) / 7  # with many ties
+        scores[rng.random((5, size)) < 0.3] = -np.inf
+        scores[3] = -np.inf
+        for row, found in zip(scores, top_k(scores, k), strict=True):
+            wanted = np.argsort(-row, kind="stable")[:k]
+            assert found.tolist() == wanted[row[wanted] > -np.inf].tolist()
 
 
 def test_top_k_of_a_large_row_looks_at_few_items(monkeypatch):
-    scores = np.random.default_rng(0).random(10**6, np.float32)
+    scores = np.random.default_rng(0).random((1, 10**6), np.float32)
     sizes = []
-    monkeypatch.setattr(np, "partition", lambda a, k, f=np.partition: (sizes.append(len(a)), f(a, k))[1])
-    assert top_k(scores, 10).tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
+    monkeypatch.setattr(np, "partition", lambda a, k, f=np.partition: (sizes.append(a.size), f(a, k))[1])
+    assert top_k(scores, 10)[0].tolist() == np.argsort(-scores[0], kind="stable")[:10].tolist()
     assert max(sizes) < 20_000
 
 
@@ -198,8 +199,10 @@ def test_top_k_of_scores_that_are_arranged_against_it():
         scores = np.zeros(size, np.float32)
         scores[best] = np.arange(size, dtype=np.float32)[best] // 40 + 1
         for k in (1, 10, 25, 26):
-            assert top_k(scores, k).tolist() == np.argsort(-scores, kind="stable")[:k].tolist()
-        assert top_k(np.full(size, 2.5), 10).tolist() == list(range(10))
+            found = top_k(np.stack([scores, -scores]), k)
+            assert found[0].tolist() == np.argsort(-scores, kind="stable")[:k].tolist()
+            assert found[1].tolist() == np.argsort(scores, kind="stable")[:k].tolist()
+        assert top_k(np.full((1, size), 2.5), 10)[0].tolist() == list(range(10))
 
 
 # ---------------------------------------------------------------- recommendations
@@ -247,7 +250,7 @@ def test_10_000_random_filters_against_brute_force():
     shown = recommender.catalogue
     for case in range(10_000):
         filters, k, who = random_filters(rng), rng.choice([1, 3, 10, 50]), case % len(people)
-        numbers, _ = recommender.best_of(recommender.engine.table @ hidden[who], people[who], k, filters)
+        ((numbers, _),) = recommender.best_of(hidden[who : who + 1], [people[who]], k, filters)
         seen = () if filters.include_seen else set(people[who].items.tolist())
         allowed = []
         for number in range(1, NUM_ITEMS + 1):

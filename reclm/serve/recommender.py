@@ -201,22 +201,21 @@ class Recommender:
             raise UserError(f"k={k} must be at least 1")
         if self.is_ctr:
             return [self.best_of_candidates(person, k, filters) for person in people]
-        scores = score_items(self.engine.hidden(make_batch(people, self.reads)), self.engine.table)  # (B, V)
-        return [self.best_of(row, person, k, filters) for row, person in zip(scores, people, strict=True)]
+        return self.best_of(self.engine.hidden(make_batch(people, self.reads)), people, k, filters)
 
     def best_of(
-        self, scores: np.ndarray, person: Person, k: int, filters: Filters
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(item numbers, scores), (n,) each with n <= k, from the scores (V,) of all items, which change.
-        Raises UserError if they are not finite."""
+        self, hidden: np.ndarray, people: Sequence[Person], k: int, filters: Filters
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The same from the user embeddings (B, D). Raises UserError for non-finite scores."""
+        scores = score_items(hidden, self.engine.table)  # (B, V)
         if not np.isfinite(scores.sum()):
             raise UserError("the model gives non-finite scores: use another checkpoint")
         # Filters come before the choice of k: the other order would return fewer than k.
-        scores[self.catalogue.left_out(filters)] = -np.inf
+        scores[:, self.catalogue.left_out(filters)] = -np.inf
         if not self.includes_seen(filters):
-            scores[person.items] = -np.inf  # of the whole history, not only what the model sees of it
-        chosen = top_k(scores, k)
-        return chosen, scores[chosen]
+            for row, person in zip(scores, people, strict=True):
+                row[person.items] = -np.inf  # of the whole history, not only what the model sees of it
+        return [(found, row[found]) for row, found in zip(scores, top_k(scores, k), strict=True)]
 
     def includes_seen(self, filters: Filters) -> bool:
         if filters.include_seen is not None:
@@ -233,7 +232,7 @@ class Recommender:
         if not len(candidates):
             return candidates, np.zeros(0, np.float32)
         probabilities = self.probabilities(person, candidates)
-        chosen = top_k(probabilities, k)
+        (chosen,) = top_k(probabilities[None], k)
         return candidates[chosen], probabilities[chosen]
 
     def probabilities(
@@ -262,7 +261,7 @@ class Recommender:
         """The k most used items of the training data, with their number of actions as score."""
         counts = np.concatenate([[0], self.catalogue.counts]).astype(np.float64)
         counts[self.catalogue.left_out(filters)] = -np.inf
-        chosen = top_k(counts, k)
+        (chosen,) = top_k(counts[None], k)
         return self.items(chosen, counts[chosen])
 
     # ------------------------------------------------------------------ explanations
@@ -279,7 +278,7 @@ class Recommender:
         cosines = self.directions @ self.directions[number]
         cosines[self.catalogue.left_out(filters)] = -np.inf
         cosines[number] = -np.inf
-        chosen = top_k(cosines, k)
+        (chosen,) = top_k(cosines[None], k)
         return self.items(chosen, cosines[chosen])
 
     def why(
@@ -369,5 +368,5 @@ class Session:
         if self.hidden is None:
             raise UserError("an empty history: add an item first")
         recommender = self.recommender
-        scores = score_items(self.hidden[None], recommender.engine.table)[0]
-        return recommender.items(*recommender.best_of(scores, self.person, k, filters))
+        (best,) = recommender.best_of(self.hidden[None], [self.person], k, filters)
+        return recommender.items(*best)

@@ -131,7 +131,7 @@ def items(bench: "Bench") -> dict:
     about = About({"task": "matching"}, "random", "none", "never")
     reads = Reads(100, False, False, 0.0, {}, {}, False)
     recommender = Recommender(engine, catalogue, reads, about)
-    person, scores = Person(np.arange(1, 101)), engine.table @ engine.user[0]
+    person, scores = Person(np.arange(1, 101)), engine.user @ engine.table.T
     flat = engine.table.ravel()
     works = {
         "sum": lambda: flat.sum(),
@@ -139,7 +139,7 @@ def items(bench: "Bench") -> dict:
         "scores": lambda: score_items(engine.user, engine.table),
         "scores by BLAS": lambda: engine.table @ engine.user[0],
         "top k": lambda: top_k(scores, 10),
-        "all": lambda: recommender.best_of(score_items(engine.user, engine.table)[0], person, 10, NEW),
+        "all": lambda: recommender.best_of(engine.user, [person], 10, NEW),
     }
     rows = []
     for _ in range(bench.args.rounds):
@@ -171,9 +171,9 @@ def export(bench: "Bench") -> dict:
         of_checkpoint = None
         for name, recommender in recommenders.items():
             batch = make_batch(people, recommender.reads)
-            scores = recommender.engine.hidden(batch) @ recommender.engine.table.T
-            rows_of = zip(scores.copy(), people, strict=True)
-            best = [recommender.best_of(row, person, 10, NEW)[0] for row, person in rows_of]
+            hidden = recommender.engine.hidden(batch)
+            scores = hidden @ recommender.engine.table.T
+            best = [found for found, _ in recommender.best_of(hidden, people, 10, NEW)]
             of_checkpoint = of_checkpoint or (scores, best)
             rows[name].append(differences(scores, best, targets, *of_checkpoint))
     return {"rounds": {name: [joined(found, paths[name])] for name, found in rows.items()}}
