@@ -18,6 +18,7 @@ sys.path.insert(0, str(MAIN.parent / "scripts"))
 sys.path.insert(0, str(MAIN.parent / "scripts" / "bench"))
 
 import load
+import pages
 import passes
 import results
 import run_client
@@ -250,6 +251,21 @@ def test_a_part_without_its_packages_is_left_out(model, tmp_path, monkeypatch):
 def test_bad_flags_are_one_line(model, tmp_path, flag, words):
     stopped = run(model, tmp_path, flag)
     assert stopped.code == 2 and len(stopped.errors) == 1 and words in stopped.errors[0]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="pip install -r requirements-dev.txt")
+def test_edits_on_both_pages_are_timed(bench, monkeypatch):
+    try:
+        pages.find_chromium()
+    except UserError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(pages, "HISTORY", 4)
+    monkeypatch.setattr(pages, "EDITS", 3)
+    found = pages.page(bench)
+    assert found["bytes of the file"] == (bench.work / "films.html").stat().st_size
+    for name in ("served", "file"):
+        (row,) = found["rounds"][name]
+        assert 0 < row["p50, ms"] <= row["p99, ms"]
 
 
 def test_all_tools_take_turns_and_files_are_compared(bench, monkeypatch):

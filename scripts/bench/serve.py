@@ -11,6 +11,7 @@ http     requests/s and ms of scripts/serve.py, in a burst of ten times the load
 items    ms to score a million items and choose the best, beside those to read their vectors once
 export   bytes and quality of the exported model, float32 and int8, beside the checkpoint
 why      ms to explain ten recommendations by fifty past items
+page     ms from an edit of a history to the new list, in Chromium: served, and as a file without a server
 start    seconds and memory of one recommendation on the command line
 
 Each figure is the median over the rounds, with the range; in a round all take their turn. All but batch and
@@ -34,6 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is imported; what takes more
 sys.path.insert(0, str(Path(__file__).parent))
 
 import load
+import pages
 import pair
 import passes
 import peers
@@ -50,7 +52,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "bench_serve.json"
 PACKAGES = peers.PACKAGES | {"implicit": ["implicit==0.7.3"]}
 PEERS = ("implicit", "rectools", "replay")
-NEEDED = {"http": ("fastapi", "uvicorn"), "export": ("onnxscript", "onnxruntime")}  # by parts
+NEEDED = {  # by parts
+    "http": ("fastapi", "uvicorn"),
+    "page": ("fastapi", "uvicorn", "playwright"),
+    "export": ("onnxscript", "onnxruntime"),
+}
 TYPED = "Toy Story (1995); Heat (1995); The Matrix"
 STARTS = 5  # rounds of `start`
 LARGE = {"dim": 256, "n_layers": 8, "n_heads": 8, "max_len": 1000}
@@ -90,9 +96,9 @@ class Bench:
         return {"torch": model} | exports
 
     def export(self, name: str, model: Path, *flags: str) -> Path:
-        """The folder of an export, written if it is not there."""
+        """The folder or file of an export, written if it is not there."""
         folder = self.work / name
-        if not folder.is_dir():
+        if not folder.exists():
             say(f"exporting: {name} ...")
             script = [sys.executable, ROOT / "scripts" / "export.py"]
             peak_of([*script, f"--ckpt_name={model}", f"--out={folder}", *flags], self.work)
@@ -166,6 +172,7 @@ PARTS = {
     "items": passes.items,
     "export": passes.export,
     "why": passes.why,
+    "page": pages.page,
     "start": start,
 }
 
