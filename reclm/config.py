@@ -6,37 +6,23 @@ The string under each field is its help text (`python main.py --help`).
 
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 from reclm.errors import UserError
-
-# Each field names the parts of a checkpoint that fix its value:
-#   model, data  fixed for evaluation and --resume: it defines the model, or the data
-#   trajectory   fixed for --resume: the weights depend on it
-#   leak         fixed for --init_from: with another value the checkpoint may have seen this run's test data
-#   free         never fixed
-PARTS = ("model", "data", "trajectory", "leak", "free")
-
-
-class AnyBut(list):
-    """A list that contains every value but those in it."""
-
-    def __contains__(self, value: Any) -> bool:
-        return not super().__contains__(value)
-
-
-MATCHING = {"task": ("matching",)}
-CTR = {"task": ("ctr",)}
-IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
-LLAMA = {"model_name": ("llama",)}
-READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
-
-
-def setting(default: Any, fixed: str, *needs: dict[str, tuple]) -> Any:
-    """A dataclass field with its default and the PARTS that fix it. A value other than the default has an
-    effect only if, in each dict of `needs`, at least one of the settings has one of the values listed."""
-    return field(default=default, metadata={"fixed": fixed.split(), "needs": needs})
+from reclm.settings import (
+    CTR,
+    IMPRESSIONS,
+    LLAMA,
+    MATCHING,
+    READS_TIMES,
+    AnyBut,
+    finite,
+    not_negative,
+    positive,
+    probability,
+    setting,
+)
 
 
 @dataclass
@@ -373,28 +359,3 @@ def refuse_without_effect(name: str, flat: dict) -> None:
         if not any(flat[other] in useful for other, useful in others.items()):
             with_others = " ".join(f"--{other}={flat[other]}" for other in others)
             raise UserError(f"--{name}={flat[name]} has no effect with {with_others}: leave it out")
-
-
-def positive(cfg, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be a finite number greater than 0")
-
-
-def not_negative(cfg, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be a finite number, 0 or greater")
-
-
-def probability(cfg, *names: str, closed: bool = False) -> None:
-    for name in names:
-        if not (0 <= (value := getattr(cfg, name)) < 1 or (closed and value == 1)):
-            most = "at most" if closed else "less than"
-            raise UserError(f"--{name}={value} must be at least 0 and {most} 1")
-
-
-def finite(cfg, name: str) -> None:
-    value = getattr(cfg, name)
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"--{name}={value} must be a finite number")

@@ -13,9 +13,7 @@ from evaluate import EVALUATE
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.config import (
     FIELDS,
-    PARTS,
     SECTIONS,
-    AnyBut,
     Config,
     ModelConfig,
     TrainConfig,
@@ -30,6 +28,7 @@ from reclm.nn.losses import LOSSES
 from reclm.run.folder import dump_config
 from reclm.run.optim import OPTIMIZERS, build_optimizer
 from reclm.run.report import REPORT
+from reclm.settings import PARTS, AnyBut
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

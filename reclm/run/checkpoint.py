@@ -203,7 +203,7 @@ def upgrade_from_4(state: dict, path: Path) -> None:
 
 def merge_config(given: dict, state: dict, path: Path, *parts: str) -> dict:
     """{name: value}: the checkpoint's settings, overridden by those the user has `given`. Raises UserError if
-    they differ in a setting that one of these `parts` fixes (PARTS in reclm/config.py)."""
+    they differ in a setting that one of these `parts` fixes (PARTS in reclm/settings.py)."""
     saved = state["config"]
     for name in fixed_names(saved, *parts):
         if name not in given or name not in saved or may_have_moved(name, given[name], saved[name]):
