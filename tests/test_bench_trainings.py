@@ -63,6 +63,7 @@ def test_the_rate_is_chosen_on_validation(tmp_path):
     assert record["quality"]["results"]["adamw"] == {
         "rate": "0.01", "NDCG@10": [0.21, 0.19], "HR@10": [0.42, 0.38], "seconds to 0.17": [22], "seeds": 2,
     }  # fmt: skip
+    assert record["quality"]["table"][0]["test NDCG@10"] == ".2000 ± .0141"
     failed = here("--parts=none", cwd=tmp_path, program=program)
     assert failed.code == 2 and "--parts must be of small, large" in failed.errors[0]
 

@@ -13,15 +13,16 @@ Trainings take one process and one thread each, about 8 minutes; those that --ru
 
 import argparse
 import json
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from measure import seconds, show
+from results import spread
 from torch import Tensor
 from trainings import ROOT, test_metrics, trained
 
@@ -97,9 +98,9 @@ def cache_bytes(history: History) -> int:
     return sum(x.numel() * x.element_size() for cache in history.caches for x in (cache.keys, cache.values))
 
 
-def quality(args: argparse.Namespace) -> dict:
-    """{name: {"NDCG@10", "HR@10": one of each seed}}"""
-    found = {}
+def quality(args: argparse.Namespace) -> list[dict]:
+    """One row per entry of QUALITY."""
+    rows = []
     for name, flags in QUALITY.items():
         given = {"config": "configs/speedrun.yaml", "n_heads": 4, **flags}
         words = "-".join(f"{key}={value}" for key, value in flags.items()) or "base"
@@ -107,9 +108,11 @@ def quality(args: argparse.Namespace) -> dict:
             trained(args.runs / f"{words}-seed{seed}", given | {"seed": seed}, args.data_dir)
             for seed in args.seeds
         ]
-        found[name] = {m: [test_metrics(folder)[m] for folder in folders] for m in ("NDCG@10", "HR@10")}
-        say(f"{name}: test NDCG@10 {statistics.mean(found[name]['NDCG@10']):.4f}")
-    return found
+        tests = [test_metrics(folder) for folder in folders]
+        scores = {f"test {m}": spread([test[m] for test in tests]) for m in ("NDCG@10", "HR@10")}
+        rows.append({"attention": name} | scores | {"seeds": len(tests)})
+        say(" ".join(map(str, rows[-1].values())))
+    return rows
 
 
 PARTS = {"sessions": sessions, "quality": quality}

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import gc
@@ -33,7 +34,8 @@ import measure  # before torch
 import psutil
 import torch
 from costs import ML_1M, alone, made_up, new_run, step
-from measure import summary, table
+from measure import summary
+from results import as_table, spread
 from trainings import ROOT, curve, test_metrics, trained
 
 from reclm.config import build_config
@@ -68,7 +70,7 @@ STEPS = 20
 # ---------------------------------------------------------------- steps
 
 
-def costs(args: argparse.Namespace, part: str) -> dict:
+def costs(args: argparse.Namespace, part: str) -> dict[str, dict]:
     """{optimizer: {"bytes", "MiB", "ms": `summary`}}"""
     settings, *data = SIZES[part]
     rounds = {name: [] for name in args.only}
@@ -80,12 +82,15 @@ def costs(args: argparse.Namespace, part: str) -> dict:
         for name, rows in rounds.items():
             flags = (VARIANTS | UNCLIPPED)[name][0]
             rows.append(alone(cost, settings | flags, *data))
-    found = {
+    return {
         name: {column: summary([row[column] for row in rows]) for column in rows[0]}
         for name, rows in rounds.items()
     }
-    say(f"{part}\n\n{table({'optimizer': name} | row for name, row in found.items())}")
-    return found
+
+
+def costs_row(name: str, costs: dict) -> dict:
+    bytes_, mib, ms = (costs[column]["median"] for column in ("bytes", "MiB", "ms"))
+    return {"optimizer": name, "bytes of state per weight": bytes_, "peak MiB": mib, "ms per step": ms}
 
 
 def cost(flags: dict, items: int, users: int, length: int) -> dict[str, float]:
@@ -133,6 +138,11 @@ def rates(args: argparse.Namespace, part: str) -> dict:
     return found
 
 
+def rates_row(name: str, by_rate: dict) -> dict:
+    scores = ", ".join(f"{rate}: {spread([score])}" for rate, score in by_rate.items())
+    return {"optimizer": name, f"`--{VARIANTS[name][1]}`: validation NDCG@10": scores}
+
+
 def quality(args: argparse.Namespace, part: str) -> dict:
     """{optimizer: {"rate", "NDCG@10", "HR@10", "seconds", one of each seed}} at the best rate of `rates`;
     "seconds" to GOAL on validation are absent for seeds that do not reach it."""
@@ -148,7 +158,23 @@ def quality(args: argparse.Namespace, part: str) -> dict:
     return found
 
 
-PARTS = {"small": costs, "large": costs, "rates": rates, "quality": quality}
+def quality_row(name: str, found: dict) -> dict:
+    seconds = found[f"seconds to {GOAL}"]
+    return {
+        "optimizer": name,
+        "rate": found["rate"],
+        **{f"test {metric}": spread(found[metric]) for metric in ("NDCG@10", "HR@10")},
+        "seeds": found["seeds"],
+        f"seconds to {GOAL} on validation": statistics.median(seconds) if seconds else "not reached",
+    }
+
+
+PARTS = {  # name: what measures it, and a row of its table
+    "small": (costs, costs_row),
+    "large": (costs, costs_row),
+    "rates": (rates, rates_row),
+    "quality": (quality, quality_row),
+}
 
 
 def main() -> None:
@@ -168,9 +194,11 @@ def main() -> None:
         raise UserError(f"--parts must be of {', '.join(PARTS)}, and --rounds at least 1")
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     for part in parts:
-        found = PARTS[part](args, part)
-        kept = record.get(part, {}).get("results", {})
-        record[part] = stamp() | {"results": kept | found}
+        measure_part, row = PARTS[part]
+        results = record.get(part, {}).get("results", {}) | measure_part(args, part)
+        rows = [row(name, result) for name, result in results.items()]
+        say(f"{part}\n\n{as_table(rows)}\n")
+        record[part] = stamp() | {"results": results, "table": rows}
         text = json.dumps(record, indent=1) + "\n"
         write_whole(args.out, lambda path, text=text: path.write_text(text))
     say(f"written to {args.out}")
