@@ -26,6 +26,25 @@ class ResidualLinear(nn.Linear):
     """nn.Linear that writes into the residual stream: the more blocks, the smaller its initial weights."""
 
 
+class ItemEmbedding(nn.Embedding):
+    """The vectors of the items. reclm/adapt puts other modules with a `table` in its place."""
+
+    def table(self) -> Tensor:
+        """The item table (V, D), or an object with the methods `rows` and `scores` in its place, which hold
+        what `item_rows` and `item_scores` give"""
+        return self.weight
+
+
+def item_rows(ids: Tensor, table: Tensor) -> Tensor:
+    """ids (...) -> item vectors (..., D); row 0, padding, gets no gradient"""
+    return F.embedding(ids, table, padding_idx=0) if isinstance(table, Tensor) else table.rows(ids)
+
+
+def item_scores(hidden: Tensor, table: Tensor) -> Tensor:
+    """User embeddings (B, D) -> scores (B, V), their dot products with the item vectors"""
+    return hidden @ table.T if isinstance(table, Tensor) else table.scores(hidden)
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout (arXiv 1207.0580), but faster on a CPU, where torch draws the mask element by element on one
     core: here each 64-bit draw serves four elements. p is rounded to a multiple of 1 / 65,536."""
