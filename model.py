@@ -33,9 +33,8 @@ from reclm.nn.layers import (
     ZeroEmbedding,
     ZeroEmbeddingBag,
     ZeroLinear,
-    item_scores,
 )
-from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives
+from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives, score_items
 
 CANDIDATES_AT_ONCE = 128  # in evaluation, more are scored in chunks that share one encoded history
 
@@ -327,7 +326,7 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. But
     # the user vector is not looked up in a table: the blocks compute it from the history.
     if "targets" not in batch:
-        return item_scores(model.encode(batch, True, table)[:, 0], table)  # (B, V)
+        return score_items(model.encode(batch, True, table)[:, 0], table)  # (B, V)
     hidden = model.encode(batch, table=table)  # (B, T, D)
     valid = batch["targets"] != 0  # (B, T)
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)

@@ -330,13 +330,7 @@ def build_config(values: dict) -> Config:
         raise UserError("--init_from= names no checkpoint: leave it out")
     if cfg.run.from_hub and not cfg.run.eval_only:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
-    if cfg.run.quantize != "none" and not cfg.run.eval_only:
-        raise UserError(
-            f"--quantize={cfg.run.quantize} is for --eval_only=true: to train for it use "
-            f"--qat={cfg.run.quantize}"
-        )
-    if cfg.train.qat != "none":
-        refuse_with_qat(cfg)
+    check_quantization(cfg)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
@@ -351,15 +345,18 @@ def build_config(values: dict) -> Config:
     return cfg
 
 
-def refuse_with_qat(cfg: Config) -> None:
-    """Raise UserError for a setting that --qat cannot be combined with."""
-    others = {
-        "item_features": (cfg.model.item_features, "only whole rows are quantized, and content is added later"),
-        "compile": (cfg.train.compile, "the search for the best rounding cannot be compiled"),
-    }
-    for name, (value, why) in others.items():
-        if value:
-            raise UserError(f"--qat={cfg.train.qat} does not go with --{name}={value} ({why}): drop one")
+def check_quantization(cfg: Config) -> None:
+    """Raise UserError for --quantize in training, and for a setting that --qat cannot be combined with."""
+    kind, qat = cfg.run.quantize, cfg.train.qat
+    if kind != "none" and not cfg.run.eval_only:
+        raise UserError(f"--quantize={kind} is for --eval_only=true: to train for it use --qat={kind}")
+    if qat != "none" and cfg.model.item_features:
+        raise UserError(
+            f"--qat={qat} rounds item vectors, to which --item_features={cfg.model.item_features} would add "
+            "content: leave out one of them"
+        )
+    if qat != "none" and cfg.train.compile:
+        raise UserError(f"--qat={qat} searches for ranges, which cannot be compiled: leave out --compile")
 
 
 def settle_by_settings(cfg: Config) -> None:

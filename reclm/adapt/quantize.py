@@ -1,5 +1,5 @@
-"""Quantization of a trained model (--quantize): the item table and the matrices of the blocks as integers of 8
-or 4 bits, of which each row, or at 4 bits each group of 32 weights of a block, has a scale and an offset:
+"""Quantization of a trained model (--quantize): the item table and the matrices of the blocks as integers of
+8 or 4 bits. Each row, at 4 bits each group of 32 weights of a block, has a scale and an offset:
 
     row = scale * codes + offset
 
@@ -35,7 +35,8 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
     check_widths(model, "quantize", kind)
     with torch.no_grad():
         table = model.eval().item_table()
-        model.item_embedding, model.content = QuantizedTable(table, bits), None
+        if isinstance(table, Tensor):  # else it is small already
+            model.item_embedding, model.content = QuantizedTable(table, bits), None
         replace_linears(model.layers, lambda linear: QuantizedLinear(linear, bits))
     ranges = [part for name, part in model.named_buffers() if name.endswith((".scale", ".offset"))]
     if not all(part.isfinite().all() for part in ranges):
@@ -67,9 +68,7 @@ def replace_linears(layers: nn.Module, make) -> None:
 
 def num_bytes(module: nn.Module) -> int:
     """Bytes of the weights of a module, and of what stands in their place; not of computed constants."""
-    kept = [part for part in module.modules() if isinstance(part, QuantizedRows)]
-    tensors = [*module.parameters(), *(buffer for part in kept for buffer in part.buffers(recurse=False))]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
 # ---------------------------------------------------------------- modules
@@ -90,7 +89,7 @@ class QuantizedRows(nn.Module):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def rows(self, index: Tensor | slice = slice(None)) -> Tensor:
+    def forward(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Row numbers (...) -> their values, float32 (..., W)"""
         codes = self.codes[index]
         codes = codes if self.bits == 8 else unpack(codes)
@@ -108,7 +107,7 @@ class QuantizedTable(QuantizedRows):
         scores = hidden.new_empty(len(hidden), len(self))
         for first in range(0, len(self), AT_ONCE):
             part = slice(first, first + AT_ONCE)
-            scores[:, part] = hidden @ self.rows(part).T
+            scores[:, part] = hidden @ self(part).T
         return scores
 
 
@@ -122,7 +121,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return F.linear(x, self.weights.rows().view(self.shape), self.bias)
+        return F.linear(x, self.weights().view(self.shape), self.bias)
 
 
 # ---------------------------------------------------------------- numbers

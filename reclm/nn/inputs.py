@@ -20,9 +20,9 @@ from reclm.nn.layers import (
     ZeroEmbedding,
     ZeroEmbeddingBag,
     ZeroLinear,
-    item_rows,
     log_buckets,
 )
+from reclm.nn.losses import rows
 
 PADDING = 0
 SESSION = 3600.0  # seconds without an action after which a new session starts
@@ -70,10 +70,10 @@ class Inputs(nn.Module):
         """A row from `lay_out` and the item table (V, D) -> token vectors (B, S, D)"""
         ids = row["token_ids"]
         if self.token_embedding is None:
-            x = item_rows(ids, item_table)  # (B, S, D)
+            x = rows(item_table, ids)  # (B, S, D)
         else:  # two lookups, since one concatenated table would copy all items in every step
             other = ids >= self.num_rows
-            x = item_rows(ids.masked_fill(other, PADDING), item_table)
+            x = rows(item_table, ids.masked_fill(other, PADDING))
             x = x + self.token_embedding((ids - self.num_rows).clamp(min=0)) * other[..., None]
         if self.position_embedding is not None:
             x = x + self.position_embedding(row["before"])

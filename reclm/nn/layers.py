@@ -27,22 +27,11 @@ class ResidualLinear(nn.Linear):
 
 
 class ItemEmbedding(nn.Embedding):
-    """The vectors of the items. reclm/adapt puts other modules with a `table` in its place."""
+    """The vectors of the items. Modules of reclm/adapt can stand in its place."""
 
     def table(self) -> Tensor:
-        """The item table (V, D), or an object with the methods `rows` and `scores` in its place, which hold
-        what `item_rows` and `item_scores` give"""
+        """The item table (V, D), or what stands for one: see `rows` and `score_items` in losses.py"""
         return self.weight
-
-
-def item_rows(ids: Tensor, table: Tensor) -> Tensor:
-    """ids (...) -> item vectors (..., D); row 0, padding, gets no gradient"""
-    return F.embedding(ids, table, padding_idx=0) if isinstance(table, Tensor) else table.rows(ids)
-
-
-def item_scores(hidden: Tensor, table: Tensor) -> Tensor:
-    """User embeddings (B, D) -> scores (B, V), their dot products with the item vectors"""
-    return hidden @ table.T if isinstance(table, Tensor) else table.scores(hidden)
 
 
 class Dropout(nn.Dropout):

@@ -101,7 +101,7 @@ def commit() -> str:
 
 
 def describe_rounding(quantize: str, trained_for: str = "none") -> str:
-    """ ", int4" for the title of a quantized model's metrics, with a note where another rounding was trained"""
+    """ ", int4" for the title of a quantized model's metrics; where it was trained for another format, so"""
     note = f" (trained with --qat={trained_for})" if trained_for not in ("none", quantize) else ""
     return note if quantize == "none" else f", {quantize}{note}"
 

@@ -16,7 +16,6 @@ from reclm.serve.person import Person, Reads, make_batch
 from reclm.serve.top_k import score_items, top_k
 
 AT_ONCE = 64  # persons in one pass through the model
-ROWS_AT_ONCE = 2**14  # rows of an item table that is read whole
 EVERYTHING = Filters()
 
 
@@ -43,7 +42,7 @@ class Reason:
 class Engine(Protocol):
     """A model in one runtime. Batches are those of `person.make_batch`."""
 
-    table: np.ndarray  # (V, D) float32 item factors; quantized, a SmallTable of reclm/serve/trained.py
+    table: np.ndarray  # (V, D) float32 item factors, or what can be used like them (trained.SmallTable)
 
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """(B, D) float32 user embeddings after the last action"""
@@ -270,17 +269,17 @@ class Recommender:
     # ------------------------------------------------------------------ explanations
 
     @cached_property
-    def norms(self) -> np.ndarray:
-        """(V,) lengths of the item factors"""
-        table, size = self.engine.table, ROWS_AT_ONCE
-        parts = [np.linalg.norm(table[i : i + size], axis=1) for i in range(0, len(table), size)]
-        return np.concatenate(parts).clip(min=1e-12)
+    def lengths(self) -> np.ndarray:
+        """(V,) of the item factors"""
+        numbers, size = np.arange(len(self.catalogue) + 1), 2**16
+        parts = (self.engine.table[numbers[i : i + size]] for i in range(0, len(numbers), size))
+        return np.concatenate([np.linalg.norm(part, axis=1) for part in parts]).clip(min=1e-12)
 
     def similar(self, item: str, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
         """The k items whose factors have the largest cosine with those of an item, which is the score."""
         number = self.catalogue.number(item)
-        row = self.engine.table[number : number + 1]
-        cosines = score_items(row, self.engine.table)[0] / self.norms / self.norms[number]
+        factor = self.engine.table[np.array([number])] / self.lengths[number]  # (1, D)
+        cosines = score_items(factor, self.engine.table)[0] / self.lengths
         cosines[self.catalogue.left_out(filters)] = -np.inf
         cosines[number] = -np.inf
         (chosen,) = top_k(cosines[None], k)

@@ -88,25 +88,24 @@ def describe_training(state: dict) -> str:
 
 
 class SmallTable:
-    """A quantized item table, of which Recommender asks in arrays."""
+    """A quantized item table. Of the array (V, D) that it stands for: its length, its rows by number, and its
+    product with user embeddings."""
 
-    def __init__(self, table: nn.Module):
-        self.table, self.device = table, next(table.buffers()).device
+    def __init__(self, items: nn.Module):
+        self.items, self.device = items, items.codes.device
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.items)
 
     @torch.inference_mode()
-    def __getitem__(self, numbers: np.ndarray | slice) -> np.ndarray:
-        """(n,) -> (n, D)"""
-        if isinstance(numbers, np.ndarray):
-            numbers = torch.from_numpy(numbers).to(self.device)
-        return self.table.rows(numbers).cpu().numpy()
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """Item numbers (...) -> (..., D)"""
+        return self.items(torch.as_tensor(numbers, device=self.device)).cpu().numpy()
 
     @torch.inference_mode()
     def scores(self, hidden: np.ndarray) -> np.ndarray:
         """(B, D) -> (B, V)"""
-        return self.table.scores(torch.from_numpy(hidden).to(self.device)).cpu().numpy()
+        return self.items.scores(torch.from_numpy(hidden).to(self.device)).cpu().numpy()
 
 
 class TorchEngine:

@@ -5,11 +5,11 @@
         --qat_int4=runs/p3-qat-0/best.pth,runs/p3-qat-1/best.pth,runs/p3-qat-2/best.pth
     python scripts/bench/shrink.py runs/p3-0/best.pth --rounds=1 --out=new.json
 
-Checkpoints are the seeds of one recipe; those of --qat_int8 and --qat_int4 the same seeds, trained for it. Per
-format, "kept" is its NDCG@10 over that of the float32 model of the same seed. Quality is of all seeds, by
-evaluate.py over all items; times are of the first, on one thread: the median over the rounds, with the range;
-in a round all formats take their turn. A request recommends ten items to a user of the training data. Bytes on
-disk are those of model.onnx as scripts/export.py writes it, bytes in memory those of the weights.
+Checkpoints are the seeds of one recipe; those of --qat_int8 and --qat_int4 the same seeds, trained for it.
+Per format, "kept" is its NDCG@10 over that of the float32 model of the same seed. Quality is of all seeds, by
+evaluate.py over all items. Times are of the first, on one thread: the median over the rounds, with the range;
+in a round all formats take their turn. A request recommends ten items to a user of the training data. Bytes
+on disk are those of model.onnx as scripts/export.py writes it, bytes in memory those of the weights.
 
 Beside them: a made-up table of a million items, of which one request scores all and chooses ten.
 """
@@ -36,7 +36,7 @@ from main import open_checkpoint
 from reclm.adapt.quantize import BITS, QuantizedTable, num_bytes
 from reclm.errors import UserError, run_script
 from reclm.run.logger import say
-from reclm.serve import Person, Recommender
+from reclm.serve import Recommender
 from reclm.serve.top_k import score_items, top_k
 from reclm.serve.trained import SmallTable
 
