@@ -126,9 +126,7 @@ def test_4_bits_are_close_to_the_best_of_all_ranges():
 @EACH
 def test_rows_without_a_range_are_exact(kind):
     """The padding row and cold items are 0 and stay 0."""
-    rows = torch.stack(
-        [torch.zeros(8), torch.full((8,), 0.25), torch.full((8,), -3.0), torch.full((8,), 0.1)]
-    )
+    rows = torch.tensor([0.0, 0.25, -3.0, 0.1])[:, None].repeat(1, 8)
     values = values_of(rows, BITS[kind])
     assert torch.equal(values[:3], rows[:3].double())
     assert torch.allclose(values[3], torch.tensor(0.1).double(), rtol=2**-11)
@@ -142,9 +140,8 @@ def test_values_are_those_of_the_formula_whole_or_by_number(kind, monkeypatch):
     torch.testing.assert_close(table().double(), values_of(rows, bits), rtol=0, atol=1e-6)
     index = torch.tensor([[3, 19, 0], [3, 3, 5]])
     assert torch.equal(table(index), table()[index])
-    assert torch.equal(
-        quantize.unpack(quantize.pack(torch.arange(16, dtype=torch.uint8)[None])), torch.arange(16)[None]
-    )
+    codes = torch.arange(16, dtype=torch.uint8)[None]
+    assert torch.equal(quantize.unpack(quantize.pack(codes)), codes)
 
 
 def test_a_row_takes_so_many_bytes():
@@ -242,9 +239,7 @@ def test_groups_that_do_not_divide_a_width_are_named():
     model = SequenceRecommender(cfg, LossConfig(), Vocabulary(ITEMS, 4, ()))
     names = [name for name, _ in model.named_modules()]
     for call, flag in ((quantize_model, "quantize"), (train_for, "qat")):
-        with pytest.raises(
-            UserError, match=rf"--{flag}=int4 needs .* 32, but layers.0.attention.wq reads 48"
-        ):
+        with pytest.raises(UserError, match=f"--{flag}=int4 needs .* 32, but layers.0.attention.wq reads 48"):
             call(model, "int4")
     assert [name for name, _ in model.named_modules()] == names
     quantize_model(model, "int8")
@@ -399,8 +394,8 @@ def made_batch(recommender, person):
         (["--qat=int3"], "int3"),
         (["--quantize=int2"], "int2"),
         (["--quantize=int4"], "--quantize=int4 is for --eval_only=true: to train for it use --qat=int4"),
-        (["--qat=int4", "--compile=true"], "--qat=int4 does not go with --compile=True"),
-        (["--qat=int8", "--item_features=genres"], "--qat=int8 does not go with --item_features=genres"),
+        (["--qat=int4", "--compile=true"], "which cannot be compiled: leave out --compile"),
+        (["--qat=int8", "--item_features=genres"], "to which --item_features=genres would add"),
         (["--qat=int4", "--dim=48"], "layers.0.attention.wq reads 48: use --qat=int8"),
     ],
     ids=str,
