@@ -38,9 +38,6 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
         if isinstance(table, Tensor):  # else it is small already
             model.item_embedding, model.content = QuantizedTable(table, bits), None
         replace_linears(model.layers, lambda linear: QuantizedLinear(linear, bits))
-    ranges = [part for name, part in model.named_buffers() if name.endswith((".scale", ".offset"))]
-    if not all(part.isfinite().all() for part in ranges):
-        raise UserError(f"--quantize={kind}: this model has weights that are not finite or beyond 65,504")
     return model
 
 
@@ -55,6 +52,7 @@ def check_widths(model: nn.Module, flag: str, kind: str) -> None:
 
 
 def group_size(linear: nn.Linear, bits: int) -> int:
+    """Weights that share a scale and an offset"""
     return GROUP if bits == 4 else linear.in_features
 
 
@@ -76,12 +74,14 @@ def num_bytes(module: nn.Module) -> int:
 
 class QuantizedRows(nn.Module):
     """N rows of W values: `codes` uint8 (N, W), or (N, W / 2) at 4 bits, `scale` and `offset` float16 (N, 1).
-    W must be even at 4 bits."""
+    W must be even at 4 bits. Raises UserError for what float16 cannot scale."""
 
     def __init__(self, rows: Tensor, bits: int):
         super().__init__()
         self.bits = bits
         codes, scale, offset = quantize_rows(rows, bits)
+        if not (scale.isfinite().all() and offset.isfinite().all()):
+            raise UserError("a model with weights that are not finite or beyond 65,504 cannot be quantized")
         self.register_buffer("codes", codes if bits == 8 else pack(codes))
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
