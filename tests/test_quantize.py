@@ -60,7 +60,7 @@ def batch(targets=True):
 def values_of(rows, bits):
     """By the formula of the module's docstring, in float64"""
     codes, scale, offset = quantize_rows(rows, bits)
-    assert codes.dtype == torch.uint8 and codes.max() < 2**bits
+    assert codes.dtype == torch.uint8 and codes.max().item() < 2**bits
     assert scale.dtype == offset.dtype == torch.float16
     return codes.double() * scale.double() + offset.double()
 
@@ -371,7 +371,7 @@ def test_a_quantized_recommender_scores_as_the_evaluation_does(work, kind):
     best = max((value, number) for number, value in enumerate(cosines.tolist(), 1) if number != 4)
     found = small.similar(small.catalogue.ids[3], 1)[0]
     assert found.id == small.catalogue.ids[best[1] - 1] and found.score == pytest.approx(best[0], abs=1e-5)
-    session = small.session(person.items[:4] and [])
+    session = small.session()
     for item in ("i3", "i4", "i5"):
         session.add(item)
     again = small.recommend(["i3", "i4", "i5"], 3)
