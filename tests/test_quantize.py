@@ -152,7 +152,7 @@ def test_a_row_takes_so_many_bytes():
 
 @EACH
 def test_scores_are_products_with_the_values_and_make_no_float_table(kind, monkeypatch):
-    monkeypatch.setattr(quantize, "AT_ONCE", 64)
+    monkeypatch.setattr(quantize, "SCORED_AT_ONCE", 64)
     rows, hidden = made_rows(1000, 32), torch.randn(3, 32)
     table = QuantizedTable(rows, BITS[kind])
     expected = hidden.double() @ values_of(rows, BITS[kind]).T
