@@ -94,9 +94,12 @@ def speed(rows: dict[str, tuple[list[Path], str]], given: dict, rounds: int) -> 
     people = [known.user_at(user) for user in chosen]
     found = {name: [] for name in rows}
     for turn in range(rounds + 1):  # the first warms up
+        taken = {name: [] for name in rows}
+        for person in people:  # one after the other, so that all meet the same state of the machine
+            for name in rows:
+                taken[name].append(milliseconds(partial(recommenders[name].recommend, person, 10)))
         for name in rows:
-            taken = [milliseconds(partial(recommenders[name].recommend, person, 10)) for person in people]
-            row = {"ms per request": statistics.median(taken)}
+            row = {"ms per request": statistics.median(taken[name])}
             row["users/s"] = 1e3 * len(dataset.ranked_users) / milliseconds(rankings[name])
             if turn:
                 found[name].append(row)
