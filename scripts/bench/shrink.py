@@ -157,11 +157,26 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
+def text(part: dict[str, float], seeds: int, form: str) -> str:
+    """A `spread` as a cell, "98.6% ± 0.2%" """
+    return f"{part['mean']:{form}}" + (f" ± {part['std']:{form}}" if seeds > 1 else "")
+
+
+def as_row(name: str, row: dict, base: dict, seeds: int) -> dict[str, str]:
+    """A row of the table in docs/shrink.md"""
+    sizes = ("bytes of the item table", "bytes in memory", "bytes on disk")
+    cells = {size: f"{row[size]:,} ({base[size] / row[size]:.1f}x)" for size in sizes}
+    cells |= {key: text(row[key], seeds, ".4f").replace("0.", ".") for key in ("NDCG@10", "HR@10")}
+    cells |= {"of NDCG@10 kept": text(row["kept"], seeds, ".1%")}
+    cells |= {"ms per request": f"{row['ms per request']['median']:.2f}"}
+    return {"": name} | cells | {"users/s ranked": f"{row['users/s']['median']:,.0f}"}
+
+
 def main() -> None:
     args = read_args()
     torch.set_num_threads(1)
     given = {"data_dir": args.data_dir} if args.data_dir else {}
-    rows = formats(args)
+    rows, seeds = formats(args), len(args.checkpoints)
     measured = {name: quality(paths, kind, given) for name, (paths, kind) in rows.items()}
     base = measured["float32"]["NDCG@10"]
     times, found = speed(rows, given, args.rounds), {}
@@ -174,22 +189,18 @@ def main() -> None:
         found[name] |= {
             key: measure.summary([row[key] for row in times[name]]) for key in ("ms per request", "users/s")
         }
-    for name, row in found.items():
-        for key in ("bytes in memory", "bytes of the item table", "bytes on disk"):
-            row[f"{key}, times smaller"] = found["float32"][key] / row[key]
-        say(f"{name}: {row}")
     about = Recommender.load(args.checkpoints[0]).about
-    measure.write(
-        args.out,
-        {
-            "model": f"{about.dataset}, {about.protocol}",
-            "seeds": len(args.checkpoints),
-            "rounds": args.rounds,
-            "formats": found,
-            "per seed": {name: values["NDCG@10"] for name, values in measured.items()},
-            "million items": many_items(args.rounds),
-        },
-    )
+    result = {
+        "model": f"{about.dataset}, {about.protocol}",
+        "seeds": seeds,
+        "rounds": args.rounds,
+        "formats": found,
+        "per seed": {name: values["NDCG@10"] for name, values in measured.items()},
+        "table": [as_row(name, row, found["float32"], seeds) for name, row in found.items()],
+        "million items": many_items(args.rounds),
+    }
+    measure.show("formats", result["table"])
+    measure.write(args.out, result)
 
 
 if __name__ == "__main__":
