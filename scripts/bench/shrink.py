@@ -6,10 +6,10 @@
     python scripts/bench/shrink.py runs/p3-0/best.pth --rounds=1 --out=new.json
 
 Checkpoints are the seeds of one recipe; those of --qat_int8 and --qat_int4 the same seeds, trained for it.
-Per format, "kept" is its NDCG@10 over that of the float32 model of the same seed. Quality is of all seeds, by
-evaluate.py over all items. Times are of the first, on one thread: the median over the rounds, with the range;
-in a round all formats take their turn. A request recommends ten items to a user of the training data. Bytes
-on disk are those of model.onnx as scripts/export.py writes it, bytes in memory those of the weights.
+Quality is of all seeds, by evaluate.py over all items; "kept" is NDCG@10 over that of the float32 models,
+with its standard error, paired by user. Times are of the first seed, on one thread: the median over the
+rounds, in which all formats take their turn. A request recommends ten items to a user of the training data.
+Bytes on disk are those of model.onnx as scripts/export.py writes it, bytes in memory those of the weights.
 
 Beside them: a made-up table of a million items, of which one request scores all and chooses ten.
 """
@@ -31,7 +31,7 @@ import measure
 import numpy as np
 import torch
 
-from evaluate import evaluate
+from evaluate import evaluate, rank_users
 from main import open_checkpoint
 from reclm.adapt.quantize import BITS, QuantizedTable, num_bytes
 from reclm.errors import UserError, run_script
@@ -55,18 +55,29 @@ def formats(args: argparse.Namespace) -> dict[str, tuple[list[Path], str]]:
     return found | {f"{kind}, trained for it": (paths, kind) for kind, paths in qat.items() if paths}
 
 
-def quality(checkpoints: list[Path], kind: str, given: dict) -> dict[str, list[float]]:
-    """NDCG@10 and HR@10 of each checkpoint, and the bytes of its weights"""
+def quality(checkpoints: list[Path], kind: str, given: dict) -> dict[str, list]:
+    """Of each checkpoint: NDCG@10 and HR@10 of each user, (U,), and the bytes of its weights and item table.
+    Raises UserError for one of --task=ctr."""
     found = {"NDCG@10": [], "HR@10": [], "bytes in memory": [], "bytes of the item table": []}
     for path in checkpoints:
         cfg, dataset, model = open_checkpoint(given | {"eval_only": True, "quantize": kind}, path)
-        test = evaluate(model, dataset, "test", cfg.eval)
-        for name in ("NDCG@10", "HR@10"):
-            found[name].append(test[name])
+        if cfg.model.task != "matching":
+            raise UserError(f"{path} is of --task={cfg.model.task}: use one of --task=matching")
+        _, ranks, _ = rank_users(model, dataset, "test", cfg.eval)
+        hits = (ranks <= 10).double()
+        found["HR@10"].append(hits.numpy())
+        found["NDCG@10"].append((hits / torch.log2(1 + ranks)).numpy())
         found["bytes in memory"].append(num_bytes(model))
         found["bytes of the item table"].append(num_bytes(model.item_embedding))
-        say(f"{path}, {kind}: NDCG@10 {test['NDCG@10']:.4f}")
+        say(f"{path}, {kind}: NDCG@10 {found['NDCG@10'][-1].mean():.4f}")
     return found
+
+
+def share_kept(ours: list[np.ndarray], base: list[np.ndarray]) -> dict[str, float]:
+    """The mean of `ours` over that of `base`, both (U,) per seed, and its standard error, paired by user"""
+    ours, base = np.mean(ours, axis=0), np.mean(base, axis=0)
+    kept = ours.mean() / base.mean()
+    return {"mean": kept, "se": float((ours - kept * base).std(ddof=1) / len(base) ** 0.5 / base.mean())}
 
 
 def exported_bytes(checkpoint: Path, kind: str) -> int:
@@ -153,21 +164,24 @@ def read_args() -> argparse.Namespace:
     return args
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+def spread(users: list[np.ndarray]) -> dict[str, float]:
+    """Over the seeds, of means over users"""
+    means = [values.mean() for values in users]
+    return {"mean": statistics.mean(means), "std": statistics.stdev(means) if len(means) > 1 else 0.0}
 
 
-def text(part: dict[str, float], seeds: int, form: str) -> str:
-    """A `spread` as a cell, "98.6% ± 0.2%" """
-    return f"{part['mean']:{form}}" + (f" ± {part['std']:{form}}" if seeds > 1 else "")
+def text(part: dict[str, float]) -> str:
+    """A `spread` as a cell, ".1802 ± .0009" """
+    values = [part["mean"], *([part["std"]] if part["std"] else [])]
+    return " ± ".join(f"{value:.4f}".removeprefix("0") for value in values)
 
 
-def as_row(name: str, row: dict, base: dict, seeds: int) -> dict[str, str]:
+def as_row(name: str, row: dict, base: dict) -> dict[str, str]:
     """A row of the table in docs/shrink.md"""
     sizes = ("bytes of the item table", "bytes in memory", "bytes on disk")
     cells = {size: f"{row[size]:,} ({base[size] / row[size]:.1f}x)" for size in sizes}
-    cells |= {key: text(row[key], seeds, ".4f").replace("0.", ".") for key in ("NDCG@10", "HR@10")}
-    cells |= {"of NDCG@10 kept": text(row["kept"], seeds, ".1%")}
+    cells |= {key: text(row[key]) for key in ("NDCG@10", "HR@10")}
+    cells |= {"of NDCG@10 kept": "{mean:.1%} ± {se:.1%}".format(**row["kept"]) if row["kept"]["se"] else ""}
     cells |= {"ms per request": f"{row['ms per request']['median']:.2f}"}
     return {"": name} | cells | {"users/s ranked": f"{row['users/s']['median']:,.0f}"}
 
@@ -176,14 +190,14 @@ def main() -> None:
     args = read_args()
     torch.set_num_threads(1)
     given = {"data_dir": args.data_dir} if args.data_dir else {}
-    rows, seeds = formats(args), len(args.checkpoints)
+    rows = formats(args)
     measured = {name: quality(paths, kind, given) for name, (paths, kind) in rows.items()}
     base = measured["float32"]["NDCG@10"]
     times, found = speed(rows, given, args.rounds), {}
     for name, (paths, kind) in rows.items():
         values = measured[name]
-        kept = [ours / theirs for ours, theirs in zip(values["NDCG@10"], base, strict=True)]
-        found[name] = {key: spread(values[key]) for key in ("NDCG@10", "HR@10")} | {"kept": spread(kept)}
+        found[name] = {key: spread(values[key]) for key in ("NDCG@10", "HR@10")}
+        found[name]["kept"] = share_kept(values["NDCG@10"], base)
         found[name] |= {key: values[key][0] for key in ("bytes in memory", "bytes of the item table")}
         found[name]["bytes on disk"] = exported_bytes(paths[0], kind)
         found[name] |= {
@@ -192,11 +206,11 @@ def main() -> None:
     about = Recommender.load(args.checkpoints[0]).about
     result = {
         "model": f"{about.dataset}, {about.protocol}",
-        "seeds": seeds,
+        "seeds": len(args.checkpoints),
         "rounds": args.rounds,
         "formats": found,
-        "per seed": {name: values["NDCG@10"] for name, values in measured.items()},
-        "table": [as_row(name, row, found["float32"], seeds) for name, row in found.items()],
+        "per seed": {name: [seed.mean() for seed in row["NDCG@10"]] for name, row in measured.items()},
+        "table": [as_row(name, row, found["float32"]) for name, row in found.items()],
         "million items": many_items(args.rounds),
     }
     measure.show("formats", result["table"])
