@@ -12,6 +12,7 @@ from typing import Literal
 from reclm.errors import UserError
 from reclm.settings import (
     CTR,
+    FULL_GRADIENT,
     IMPRESSIONS,
     LLAMA,
     MATCHING,
@@ -23,6 +24,9 @@ from reclm.settings import (
     probability,
     setting,
 )
+
+IN_BACKWARD = ("lomo", "adalomo")
+USUAL_LR = {"adafactor": 0.2, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}  # those of the others: 3e-3
 
 
 @dataclass
@@ -199,9 +203,14 @@ class TrainConfig:
     batch_size: int = setting(32, "trajectory")
     """sequences per optimizer step, over ALL processes, so that any number of them takes the same steps"""
     optimizer: str = setting("adamw", "trajectory")
-    """adamw (reclm/run/optim.py)"""
-    lr: float = setting(3e-3, "trajectory")
-    """learning rate, before it is scaled by the warm-up and by the cosine of lr_min"""
+    """adamw, adamw8bit, adafactor, muon, sophia, lomo or adalomo (docs/optimizers.md)"""
+    lr: float | None = setting(None, "trajectory")
+    """learning rate, before it is scaled by the warm-up and by the cosine of lr_min [default: by optimizer,
+    adamw .003]"""
+    table_optimizer: Literal["same", "rowwise_adagrad"] = setting("same", "trajectory", FULL_GRADIENT)
+    """rowwise_adagrad = train the embeddings by Adagrad with one number of state per row"""
+    table_lr: float = setting(0.1, "trajectory", {"table_optimizer": ("rowwise_adagrad",)})
+    """learning rate of table_optimizer=rowwise_adagrad"""
     weight_decay: float = setting(0.01, "trajectory")
     """weight decay of all matrices but embeddings; norm gains and biases have none"""
     embedding_decay: float = setting(0.0, "trajectory")
@@ -210,8 +219,8 @@ class TrainConfig:
     """optimizer steps of linearly rising learning rate [default: 100, at most a tenth of the run's steps]"""
     lr_min: float = setting(0.1, "trajectory")
     """the learning rate falls along a cosine, over the whole run, to this fraction of lr; 1 = constant"""
-    clip_norm: float = setting(1.0, "trajectory")
-    """clip the gradient to this L2 norm; 0 = no clipping"""
+    clip_norm: float = setting(1.0, "trajectory", {"optimizer": AnyBut(["adalomo"])})
+    """clip the gradient to this L2 norm, for which lomo takes a second pass per step; 0 = no clipping"""
     grad_accum_steps: int = setting(1, "free")
     """cut each batch into this many micro-batches to save memory; an optimizer step still uses all of them"""
     patience: int = setting(0, "free")
@@ -230,7 +239,9 @@ class TrainConfig:
     """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
     def __post_init__(self):
-        positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
+        if self.lr is None:
+            self.lr = USUAL_LR.get(self.optimizer, 3e-3)
+        positive(self, "num_epochs", "batch_size", "lr", "table_lr", "grad_accum_steps")
         not_negative(self, "weight_decay", "embedding_decay", "clip_norm", "patience", "seed", "keep_last")
         if self.warmup_steps is not None:
             not_negative(self, "warmup_steps")
@@ -262,8 +273,7 @@ class RunConfig:
     """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
     name that --keep_last does not delete"""
     quantize: Literal["none", "int8", "int4"] = setting("none", "free")
-    """with --eval_only, store the item table and the weights of the blocks as integers of 8 or 4 bits
-    (docs/shrink.md)"""
+    """with --eval_only, store the item table and the weights of the blocks as integers of 8 or 4 bits"""
     from_hub: str | None = setting(None, "free")
     """model of the Hugging Face hub to evaluate with --eval_only, owner/name (docs/hub.md)"""
     out_dir: str | None = setting(None, "free")
@@ -331,6 +341,7 @@ def build_config(values: dict) -> Config:
     if cfg.run.from_hub and not cfg.run.eval_only:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
     check_quantization(cfg)
+    check_optimizer(cfg)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
@@ -350,13 +361,23 @@ def check_quantization(cfg: Config) -> None:
     kind, qat = cfg.run.quantize, cfg.train.qat
     if kind != "none" and not cfg.run.eval_only:
         raise UserError(f"--quantize={kind} is for --eval_only=true: to train for it use --qat={kind}")
-    if qat != "none" and cfg.model.item_features:
+    for name in ("item_features", "compile"):  # content is added after the rounding; a search is not compiled
+        if qat != "none" and (value := cfg.flat()[name]):
+            raise UserError(f"--qat={qat} cannot be combined with --{name}={value}: leave out one of them")
+
+
+def check_optimizer(cfg: Config) -> None:
+    """Raise UserError where the optimizer contradicts other settings."""
+    if cfg.train.optimizer in IN_BACKWARD and cfg.train.grad_accum_steps > 1:
         raise UserError(
-            f"--qat={qat} rounds item vectors, to which --item_features={cfg.model.item_features} would add "
-            "content: leave out one of them"
+            f"--optimizer={cfg.train.optimizer} updates the weights in each backward pass: "
+            "leave out --grad_accum_steps"
         )
-    if qat != "none" and cfg.train.compile:
-        raise UserError(f"--qat={qat} searches for ranges, which cannot be compiled: leave out --compile")
+    if cfg.train.optimizer == "sophia" and (cfg.loss.loss != "softmax" or cfg.model.time_head):
+        raise UserError(
+            "--optimizer=sophia draws targets from the softmax over all items: "
+            "use --loss=softmax without --time_head, or another optimizer"
+        )
 
 
 def settle_by_settings(cfg: Config) -> None:

@@ -125,6 +125,9 @@ IDLE = [  # a setting that has no effect with these others
     ({"exclude_history": False}, {"task": "ctr"}),
     ({"negative_below": 3.0}, {"task": "ctr"}),
     ({"filter_seen": False}, {"task": "ctr"}),
+    ({"table_optimizer": "rowwise_adagrad"}, {"optimizer": "lomo"}),
+    ({"table_lr": 0.2}, {"table_optimizer": "same"}),
+    ({"clip_norm": 0.5}, {"optimizer": "adalomo"}),
 ]
 
 

@@ -394,8 +394,14 @@ def made_batch(recommender, person):
         (["--qat=int3"], "int3"),
         (["--quantize=int2"], "int2"),
         (["--quantize=int4"], "--quantize=int4 is for --eval_only=true: to train for it use --qat=int4"),
-        (["--qat=int4", "--compile=true"], "which cannot be compiled: leave out --compile"),
-        (["--qat=int8", "--item_features=genres"], "to which --item_features=genres would add"),
+        (
+            ["--qat=int4", "--compile=true"],
+            "--qat=int4 cannot be combined with --compile=True: leave out one",
+        ),
+        (
+            ["--qat=int8", "--item_features=genres"],
+            "--qat=int8 cannot be combined with --item_features=genres",
+        ),
         (["--qat=int4", "--dim=48"], "layers.0.attention.wq reads 48: use --qat=int8"),
     ],
     ids=str,
