@@ -358,12 +358,10 @@ def build_config(values: dict) -> Config:
 
 def check_quantization(cfg: Config) -> None:
     """Raise UserError for --quantize in training, and for a setting that --qat cannot be combined with."""
-    kind, qat = cfg.run.quantize, cfg.train.qat
-    if kind != "none" and not cfg.run.eval_only:
-        raise UserError(f"--quantize={kind} is for --eval_only=true: to train for it use --qat={kind}")
-    for name in ("item_features", "compile"):  # content is added after the rounding; a search is not compiled
-        if qat != "none" and (value := cfg.flat()[name]):
-            raise UserError(f"--qat={qat} cannot be combined with --{name}={value}: leave out one of them")
+    if cfg.run.quantize != "none" and not cfg.run.eval_only:
+        raise UserError(f"--quantize={cfg.run.quantize} is for --eval_only=true: to train for it use --qat")
+    if cfg.train.qat != "none" and (cfg.model.item_features or cfg.train.compile):
+        raise UserError(f"--qat={cfg.train.qat} goes with neither --item_features nor --compile: drop one")
 
 
 def check_optimizer(cfg: Config) -> None:
