@@ -1,12 +1,13 @@
 """Quantization and training for it, against torch's own greedy search, numpy and the float32 model."""
 
 import signal
+import sys
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from launch import TINY, here, read_json, read_state, snapshot, torchrun, write_csv
+from launch import MAIN, TINY, here, read_json, read_state, snapshot, torchrun, write_csv
 from test_losses import NewTensors
 from test_main import assert_same_run, stop_after
 from torch import nn
@@ -26,8 +27,13 @@ from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
 from reclm.serve import Recommender
+from reclm.serve.person import make_batch
+from reclm.serve.service import Limits, Source
 from reclm.serve.top_k import score_items
 from reclm.serve.trained import SmallTable
+
+sys.path.insert(0, str(MAIN.parent / "scripts" / "bench"))
+import shrink
 
 EACH = pytest.mark.parametrize("kind", list(BITS))
 ITEMS, DIM = 50, 32
@@ -60,6 +66,7 @@ def batch(targets=True):
 def values_of(rows, bits):
     """By the formula of the module's docstring, in float64"""
     codes, scale, offset = quantize_rows(rows, bits)
+    assert (scale > 0).all(), "codes of rows without a range are undefined"
     assert codes.dtype == torch.uint8 and codes.max().item() < 2**bits
     assert scale.dtype == offset.dtype == torch.float16
     return codes.double() * scale.double() + offset.double()
@@ -98,7 +105,7 @@ def test_4_bits_are_no_worse_than_the_greedy_search_of_torch():
     ours = errors(rows, values_of(rows, 4))
     theirs = torch.stack([torch_reference(row) for row in rows])
     assert (ours <= theirs * 1.001 + 1e-9).all()
-    plain = [errors(rows, values) for values in [unclipped(rows)]][0]
+    plain = errors(rows, unclipped(rows))
     assert (ours <= plain * 1.001).all() and ours.sum() < 0.9 * plain.sum()
 
 
@@ -195,6 +202,18 @@ def test_a_quantized_model_is_the_model_of_rounded_weights(kind, settings):
     scores = small(batch(targets=False))
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert 1e-3 < (scores - before).abs().max() < before.abs().max()
+
+
+@EACH
+def test_a_quantized_model_of_impressions_is_that_of_rounded_weights(kind):
+    model = build(task="ctr")
+    nn.init.normal_(model.head.logit.weight)
+    asked = batch(targets=False) | {"candidate_ids": torch.tensor([[1, 2, 9]]).repeat(4, 1)}
+    asked["history_lengths"] = torch.full((4, 3), 8)
+    expected, before = rounded_model(model, kind)(asked), model.eval()(asked)
+    logits = quantize_model(model, kind)(asked)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_none_changes_nothing():
@@ -364,7 +383,7 @@ def test_a_quantized_recommender_scores_as_the_evaluation_does(work, kind):
     values = small.engine.table[np.arange(26)]
     for user in ("u1", "u5"):
         person = small.user(user)
-        hidden = small.engine.hidden({**made_batch(small, person)})
+        hidden = small.engine.hidden(make_batch([person], small.reads))
         np.testing.assert_allclose(score_items(hidden, small.engine.table), hidden @ values.T, atol=1e-5)
         assert small.recommend(person, 1)[0].id == plain.recommend(person, 1)[0].id
     cosines = values[1:] @ values[4] / np.linalg.norm(values[1:], axis=1) / np.linalg.norm(values[4])
@@ -379,10 +398,54 @@ def test_a_quantized_recommender_scores_as_the_evaluation_does(work, kind):
     assert small.why(["i3", "i4"], [again[0].id])
 
 
-def made_batch(recommender, person):
-    from reclm.serve.person import make_batch
+def test_a_server_keeps_the_format_when_it_loads_again(work):
+    source = Source(work / "run" / "best.pth", quantize="int4")
+    for _ in range(2):
+        model = source.load(Limits())
+        assert isinstance(model.recommender.engine.table, SmallTable)
 
-    return make_batch([person], recommender.reads)
+
+def test_an_export_is_as_it_was_written(tmp_path):
+    with pytest.raises(UserError, match="is an export: export its checkpoint with --quantize=int4"):
+        Recommender.load(tmp_path, quantize="int4")
+
+
+# ---------------------------------------------------------------- scripts/bench/shrink.py
+
+
+def test_the_share_that_is_kept_has_the_error_of_a_mean_over_users():
+    base = [np.array([1.0, 0.0, 0.5, 0.0]), np.array([1.0, 1.0, 0.5, 0.0])]
+    assert shrink.share_kept(base, base) == {"mean": 1.0, "se": 0.0}
+    assert shrink.share_kept([2 * base[0], 2 * base[1]], base) == {"mean": 2.0, "se": 0.0}
+    ours = [base[0], np.array([1.0, 0.0, 0.5, 0.0])]
+    mean, kept = np.array([1.0, 0.5, 0.5, 0.0]), 1.5 / 2
+    off = np.array([1.0, 0.0, 0.5, 0.0]) - kept * mean
+    found = shrink.share_kept(ours, base)
+    assert found == pytest.approx({"mean": kept, "se": off.std(ddof=1) / 2 / mean.mean()})
+
+
+def test_the_table_of_the_bench_is_that_of_the_evaluations(work, monkeypatch):
+    monkeypatch.setattr(shrink, "MANY_ITEMS", 500)
+    monkeypatch.setattr(shrink, "exported_bytes", lambda path, kind: 1000 // (1 + len(kind)))
+    flags = ["run/best.pth", "--qat_int4=qat/best.pth", "--rounds=1", "--out=shrink.json"]
+    here(*flags, cwd=work, program=lambda: shrink.run_script(shrink.main)).ok()
+    found, rows = read_json(work / "shrink.json"), {}
+    rows = {row[""]: row for row in found["table"]}
+    assert list(rows) == ["float32", "int8", "int4", "int4, trained for it"]
+    here("--eval_only=true", "--out_dir=run", "--quantize=int8", cwd=work).ok()
+    expected = read_json(work / "run" / "eval-best-int8.json")
+    assert found["formats"]["int8"]["NDCG@10"]["mean"] == pytest.approx(expected["test"]["NDCG@10"])
+    assert found["formats"]["int8"]["bytes in memory"] == expected["bytes"]
+    assert rows["int8"]["NDCG@10"] == f"{expected['test']['NDCG@10']:.4f}".removeprefix("0")
+    assert found["million items"]["int4"]["bytes"] == 501 * 36
+    refused = here(
+        "run/best.pth",
+        "--qat_int8=a,b",
+        "--out=no.json",
+        cwd=work,
+        program=lambda: shrink.run_script(shrink.main),
+    )
+    assert refused.errors == ["error: --qat_int8 names 2 checkpoints, there are 1"]
 
 
 # ---------------------------------------------------------------- refusals
