@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
+from reclm.adapt.qat import train_for
+from reclm.adapt.quantize import num_bytes, quantize_model
 from reclm.config import IN_BACKWARD, Config, build_config
 from reclm.data import histories
 from reclm.data.dataset import Dataset
@@ -74,9 +76,11 @@ def evaluate_checkpoint(given: dict) -> None:
     if path.parent == out_dir:
         keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
+    result |= {"quantize": cfg.run.quantize, "bytes": num_bytes(model)}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
-        say(report.format_metrics(f"{split.upper()} of {path}", result[split], cfg))
+        title = f"{split.upper()} of {path}{report.describe_rounding(cfg.run.quantize, cfg.train.qat)}"
+        say(report.format_metrics(title, result[split], cfg))
     target = dist.on_main(lambda: folder.evaluation_file(out_dir, path, result))
     write_json(target, result)
     say(f"written to {target}")
@@ -90,7 +94,7 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
     dataset = open_dataset(cfg, state)
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
-    return cfg, dataset, model
+    return cfg, dataset, quantize_model(model, cfg.run.quantize)
 
 
 def open_dataset(cfg: Config, state: dict | None = None) -> Dataset:
@@ -140,11 +144,12 @@ class Run:
     ):
         """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
 
-        The order matters: load the weights before copying them for the average, then compile and wrap the
-        model, and build the optimizer last, because a wrapper may replace parameters."""
+        The order matters: adapt the model and load the weights before copying it for the average, then
+        compile and wrap it, and build the optimizer last, because a wrapper may replace parameters."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
         self.device = next(model.parameters()).device
+        train_for(model, cfg.train.qat)
         if state:
             checkpoint.restore_model(model, state, path, dataset)
         elif cfg.train.init_from:
@@ -380,11 +385,13 @@ def report_test(run: Run) -> None:
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),
         "best_epoch": best,
+        "quantize": run.cfg.train.qat,  # of the model that is measured here
         "valid": evaluate(run.model, run.dataset, "valid", run.cfg.eval),
         "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
     }
     write_json(run.out_dir / "result.json", result)
-    say(report.format_metrics(f"TEST, best validation epoch {best}", result["test"], run.cfg))
+    title = f"TEST, best validation epoch {best}{report.describe_rounding(run.cfg.train.qat)}"
+    say(report.format_metrics(title, result["test"], run.cfg))
     say(report.describe_files(run.out_dir))
 
 

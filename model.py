@@ -28,12 +28,13 @@ from reclm.nn.inputs import Inputs, ItemContent
 from reclm.nn.layers import (
     NORM_EPS,
     Dropout,
+    ItemEmbedding,
     ResidualLinear,
     ZeroEmbedding,
     ZeroEmbeddingBag,
     ZeroLinear,
 )
-from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives
+from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives, score_items
 
 CANDIDATES_AT_ONCE = 128  # in evaluation, more are scored in chunks that share one encoded history
 
@@ -168,7 +169,7 @@ class SequenceRecommender(nn.Module):
         self.compute_loss = choose("loss", loss.loss, LOSSES)
         block = choose("model_name", cfg.model_name, BLOCKS)
         num_rows = vocabulary.num_items + 1  # V: items and padding
-        self.item_embedding = nn.Embedding(num_rows, cfg.dim, padding_idx=0)
+        self.item_embedding = ItemEmbedding(num_rows, cfg.dim, padding_idx=0)
         self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
@@ -213,8 +214,9 @@ class SequenceRecommender(nn.Module):
 
     def item_table(self) -> Tensor:
         """(V, D): the item factors of the MF layer, tied to the input embedding. In training, call it once
-        per forward pass: with --id_dropout each call drops other ids."""
-        table = self.item_embedding.weight
+        per forward pass: with --id_dropout each call drops other ids. Of a quantized model, an object in its
+        place (ItemEmbedding in reclm/nn/layers.py)."""
+        table = self.item_embedding.table()
         return table if self.content is None else self.content(table)
 
     def forward(self, batch: dict[str, Tensor], output: str = "") -> Tensor | dict[str, Tensor]:
@@ -333,7 +335,7 @@ def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -
     # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. But
     # the user vector is not looked up in a table: the blocks compute it from the history.
     if "targets" not in batch:
-        return model.encode(batch, True, table)[:, 0] @ table.T  # (B, V)
+        return score_items(model.encode(batch, True, table)[:, 0], table)  # (B, V)
     hidden = model.encode(batch, table=table)  # (B, T, D)
     valid = batch["targets"] != 0  # (B, T)
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)

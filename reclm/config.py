@@ -233,6 +233,8 @@ class TrainConfig:
     """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
     """evaluate and save an exponential moving average of the weights with this decay per step; 0 = off"""
+    qat: Literal["none", "int8", "int4"] = setting("none", "trajectory")
+    """train for --quantize of the same value: the forward pass rounds the weights as it does"""
     keep_last: int = setting(20, "free")
     """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
@@ -270,6 +272,8 @@ class RunConfig:
     ckpt_name: str = setting("best.pth", "free")
     """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
     name that --keep_last does not delete"""
+    quantize: Literal["none", "int8", "int4"] = setting("none", "free")
+    """with --eval_only, store the item table and the weights of the blocks as integers of 8 or 4 bits"""
     from_hub: str | None = setting(None, "free")
     """model of the Hugging Face hub to evaluate with --eval_only, owner/name (docs/hub.md)"""
     out_dir: str | None = setting(None, "free")
@@ -336,6 +340,7 @@ def build_config(values: dict) -> Config:
         raise UserError("--init_from= names no checkpoint: leave it out")
     if cfg.run.from_hub and not cfg.run.eval_only:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
+    check_quantization(cfg)
     check_optimizer(cfg)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
@@ -349,6 +354,14 @@ def build_config(values: dict) -> Config:
             "train with --exclude_history=false"
         )
     return cfg
+
+
+def check_quantization(cfg: Config) -> None:
+    """Raise UserError for --quantize in training, and for a setting that --qat cannot be combined with."""
+    if cfg.run.quantize != "none" and not cfg.run.eval_only:
+        raise UserError(f"--quantize={cfg.run.quantize} is for --eval_only=true: to train for it use --qat")
+    if cfg.train.qat != "none" and (cfg.model.item_features or cfg.train.compile):
+        raise UserError(f"--qat={cfg.train.qat} goes with neither --item_features nor --compile: drop one")
 
 
 def check_optimizer(cfg: Config) -> None:

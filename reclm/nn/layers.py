@@ -26,6 +26,14 @@ class ResidualLinear(nn.Linear):
     """nn.Linear that writes into the residual stream: the more blocks, the smaller its initial weights."""
 
 
+class ItemEmbedding(nn.Embedding):
+    """The vectors of the items. Modules of reclm/adapt can stand in its place."""
+
+    def table(self) -> Tensor:
+        """The item table (V, D), or what stands for one: see `rows` and `score_items` in losses.py"""
+        return self.weight
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout (arXiv 1207.0580), but faster on a CPU, where torch draws the mask element by element on one
     core: here each 64-bit draw serves four elements. p is rounded to a multiple of 1 / 65,536."""

@@ -27,6 +27,16 @@ class Excluded(NamedTuple):
     cold_items: Tensor  # (n,) items held out of training
 
 
+def rows(table, ids: Tensor) -> Tensor:
+    """The vectors (..., D) of item ids (...); id 0 is padding."""
+    return F.embedding(ids, table, padding_idx=0) if isinstance(table, Tensor) else table(ids)
+
+
+def score_items(hidden: Tensor, table) -> Tensor:
+    """User vectors (B, D) -> scores (B, V) of all items, which are dot products."""
+    return hidden @ table.T if isinstance(table, Tensor) else table.scores(hidden)
+
+
 def exclude_negatives(negatives: Tensor, targets: Tensor, excluded: Excluded | None) -> Tensor:
     """Distinct negatives (N,), targets (M,) -> bool (M, N): True where one is the target or excluded."""
     if excluded is None:

@@ -182,17 +182,18 @@ def point_latest(folder: Path) -> None:
 
 
 def evaluation_file(folder: Path, ckpt: Path, result: dict) -> Path:
-    """eval-<checkpoint>.json, with a number behind where that holds an evaluation with other settings or of
-    other data, such as the file before it grew."""
+    """eval-<checkpoint>.json, or eval-<checkpoint>-int4.json of the quantized model, with a number behind
+    where that holds an evaluation with other settings or of other data, such as the file before it grew."""
+    stem = f"eval-{ckpt.stem}" + (f"-{result['quantize']}" if result["quantize"] != "none" else "")
     for number in range(1, 1000):
-        path = folder / f"eval-{ckpt.stem}{f'-{number}' if number > 1 else ''}.json"
+        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}.json"
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError:
             return path
         except (OSError, ValueError):
             continue  # not ours: it stays
-        ours = {name: result[name] for name in ("config", "checkpoint", "fingerprint")}
+        ours = {name: result[name] for name in ("config", "checkpoint", "fingerprint", "quantize")}
         if isinstance(found, dict) and ours == {name: found.get(name, ours[name]) for name in ours}:
             return path
     raise UserError(f"{folder} has 999 evaluations of {ckpt.name}: delete some, or give an --out_dir")

@@ -102,6 +102,12 @@ def commit() -> str:
     return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
+def describe_rounding(quantize: str, trained_for: str = "none") -> str:
+    """ ", int4" for the title of a quantized model's metrics; where it was trained for another format, so"""
+    note = f" (trained with --qat={trained_for})" if trained_for not in ("none", quantize) else ""
+    return note if quantize == "none" else f", {quantize}{note}"
+
+
 def format_epoch(row: dict[str, float], task: str) -> str:
     """One line for the log row of an epoch."""
     shown, unit = REPORT[task]["shown"], REPORT[task]["unit"]

@@ -18,14 +18,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--titles", type=Path, help="titles of items that have none: movies.dat or a table")
 
 
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "int8", "int4"],
+        default="none",
+        help="store weights as integers: a quarter or a seventh of the bytes (docs/shrink.md) [none]",
+    )
+
+
 def open_recommender(args: argparse.Namespace) -> Recommender:
     """The recommender that the flags name. Raises UserError if there is none."""
-    return load(chosen_model(args), args.titles)
+    return load(chosen_model(args), args.titles, args.quantize)
 
 
-def load(path: Path, titles: Path | None = None) -> Recommender:
+def load(path: Path, titles: Path | None = None, quantize: str = "none") -> Recommender:
     """The recommender at a path, with the titles of a table, if given. Raises UserError."""
-    recommender = Recommender.load(path)
+    recommender = Recommender.load(path, quantize=quantize)
     if titles is not None:
         from reclm.serve.titles import with_titles  # pandas
 

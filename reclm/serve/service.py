@@ -123,8 +123,8 @@ class Line:
 class Source:
     """Where the model in service comes from, a checkpoint file or an exported folder"""
 
-    def __init__(self, path: Path, titles: Path | None = None):
-        self.path, self.titles, self.loaded = path, titles, None
+    def __init__(self, path: Path, titles: Path | None = None, quantize: str = "none"):
+        self.path, self.titles, self.quantize, self.loaded = path, titles, quantize, None
 
     def stamp(self) -> list[tuple] | None:
         """What differs once the file, or one of the folder, has been replaced; None while it is missing"""
@@ -138,7 +138,7 @@ class Source:
     def load(self, limits: Limits) -> Model:
         """Raises UserError, as Recommender.load does."""
         self.loaded = self.stamp()  # before the reading: a file that changes meanwhile is read again
-        return Model(load(self.path, self.titles), limits, self.path.name)
+        return Model(load(self.path, self.titles, self.quantize), limits, self.path.name)
 
 
 class Service:

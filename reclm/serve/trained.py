@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from model import SequenceRecommender
+from reclm.adapt.quantize import quantize_model
 from reclm.config import Config, build_config
 from reclm.data.histories import FILE
 from reclm.errors import UserError
@@ -14,6 +15,7 @@ from reclm.metrics import choosing_metric
 from reclm.nn.incremental import History, extend, is_full, read
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
 from reclm.run.process import check_memory, keep_freed_memory
+from reclm.run.report import describe_rounding
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
@@ -21,21 +23,26 @@ from reclm.serve.person import Reads
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
 
-def open_checkpoint(path: Path, device: str = "cpu") -> Opened:
+def open_checkpoint(path: Path, device: str = "cpu", quantize: str = "none") -> Opened:
     """What Recommender is made of, from a checkpoint file alone; the users are in histories.npz next to it.
-    Raises UserError for a file that is missing, damaged, or older than what inference needs."""
+    `quantize` is as --quantize. Raises UserError for a file that is missing, damaged, or older than what
+    inference needs."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or give the path of a .pth file")
-    return *open_state(load_checkpoint(path), path, device), path.parent / FILE
+    return *open_state(load_checkpoint(path), path, device, quantize), path.parent / FILE
 
 
-def open_state(state: dict, path: Path, device: str) -> tuple["TorchEngine", Catalogue, Reads, About]:
+def open_state(
+    state: dict, path: Path, device: str, quantize: str
+) -> tuple["TorchEngine", Catalogue, Reads, About]:
     """The same without the users, from the `state` of a checkpoint, or of a folder as reclm/serve/hub.py
     reads it, at `path`. Raises UserError."""
     keep_freed_memory()
     cfg, model = build_model(state, path)
-    about = About(cfg.flat(), state["dataset"], state["protocol"], describe_training(state))
-    return TorchEngine(model.to(device)), read_catalogue(state), read_reads(cfg, state), about
+    trained = describe_training(state) + describe_rounding(quantize, cfg.train.qat)
+    about = About(cfg.flat(), state["dataset"], state["protocol"], trained)
+    engine = TorchEngine(quantize_model(model.to(device), quantize))
+    return engine, read_catalogue(state), read_reads(cfg, state), about
 
 
 def build_model(state: dict, path: Path) -> tuple[Config, nn.Module]:
@@ -80,6 +87,27 @@ def describe_training(state: dict) -> str:
     return f"epoch {rows[0]['epoch']} (validation {name} {value:.4f})"
 
 
+class SmallTable:
+    """A quantized item table. Of the array (V, D) that it stands for: its length, its rows by number, and its
+    product with user embeddings."""
+
+    def __init__(self, items: nn.Module):
+        self.items, self.device = items, items.codes.device
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @torch.inference_mode()
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """Item numbers (...) -> (..., D)"""
+        return self.items(torch.as_tensor(numbers, device=self.device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def scores(self, hidden: np.ndarray) -> np.ndarray:
+        """(B, D) -> (B, V)"""
+        return self.items.scores(torch.from_numpy(hidden).to(self.device)).cpu().numpy()
+
+
 class TorchEngine:
     """See recommender.Engine."""
 
@@ -87,10 +115,13 @@ class TorchEngine:
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         with torch.inference_mode():
-            table = model.item_table().clone()
+            table = model.item_table()
+        if not isinstance(table, torch.Tensor):
+            self.table = SmallTable(table)
+            return
         # The content of items never changes any more: it becomes part of their vectors.
-        model.item_embedding.weight.data, model.content = table, None
-        self.table = table.cpu().numpy()
+        model.item_embedding.weight.data, model.content = table.clone(), None
+        self.table = model.item_embedding.weight.cpu().numpy()
 
     def tensors(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
