@@ -41,6 +41,7 @@ from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
+from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
@@ -148,6 +149,9 @@ class Run:
             checkpoint.restore_model(model, state, path, dataset)
         elif cfg.train.init_from:
             init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+        elif cfg.model.item_table == "pq":
+            codes = dist.on_main(lambda: assign_codes(dataset, cfg.model, cfg.train.seed))
+            model.item_embedding.codes.copy_(codes)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
             trained = state.get("trained", state["model"])

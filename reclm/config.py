@@ -15,6 +15,7 @@ from reclm.settings import (
     IMPRESSIONS,
     LLAMA,
     MATCHING,
+    PQ,
     READS_TIMES,
     AnyBut,
     finite,
@@ -70,6 +71,13 @@ class ModelConfig:
     such results only with models that also know it"""
     gated_residuals: bool = setting(False, "model", LLAMA)
     """multiply each residual branch of llama blocks by a trained sigmoid gate (LiGR, arXiv 2502.03417)"""
+    item_table: Literal["dense", "pq"] = setting("dense", "model")
+    """dense = a trained vector per item; pq = item vectors put together from shared, trained sub-vectors, for
+    large catalogues (RecJPQ, arXiv 2312.06165; docs/pq.md)"""
+    pq_codes: int = setting(8, "model", PQ)
+    """m, sub-vectors per item with item_table=pq, one byte each; must divide dim"""
+    pq_centroids: int = setting(0, "model", PQ)
+    """k, sub-vectors to choose each of them from, at most 256; 0 = 256, fewer with less than 4,096 items"""
     dropout: float = setting(0.2, "model")
     """dropout probability, on the input embeddings and on each residual branch"""
     user_embedding: Literal["none", "explicit"] = setting("none", "model")
@@ -95,6 +103,23 @@ class ModelConfig:
             raise UserError(f"--dim={self.dim} must be a multiple of {2 * self.n_heads} for {heads}")
         if self.n_heads % self.kv_heads:
             raise UserError(f"--n_heads={self.n_heads} must be a multiple of --n_kv_heads={self.n_kv_heads}")
+        if self.item_table == "pq":
+            self.check_pq(is_ctr)
+
+    def check_pq(self, is_ctr: bool) -> None:
+        """Raises UserError for what --item_table=pq cannot do."""
+        positive(self, "pq_codes")
+        if self.dim % self.pq_codes:
+            raise UserError(f"--pq_codes={self.pq_codes} must divide --dim={self.dim}")
+        if self.pq_centroids != 0 and not 2 <= self.pq_centroids <= 256:
+            raise UserError(f"--pq_centroids={self.pq_centroids} must be 2 to 256, or 0 for the default")
+        if is_ctr:
+            raise UserError("--item_table=pq is for --task=matching: leave it out")
+        if self.item_features:
+            raise UserError(
+                f"--item_features={self.item_features} are added to a vector per item, which --item_table=pq "
+                "does without: leave out one of them"
+            )
 
     @property
     def kv_heads(self) -> int:  # G
@@ -327,6 +352,9 @@ def build_config(values: dict) -> Config:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
+    if cfg.model.item_table == "pq" and (cfg.data.cold_items or cfg.train.init_from):
+        name = "cold_items" if cfg.data.cold_items else "init_from"
+        raise UserError(f"--{name} needs a vector per item, so --item_table=dense: leave out one of them")
     if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
         raise UserError(
             f"--repeats={flat['repeats']} is for --task=matching without --ctr_split: leave it out"

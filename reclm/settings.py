@@ -25,6 +25,7 @@ MATCHING = {"task": ("matching",)}
 CTR = {"task": ("ctr",)}
 IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
 LLAMA = {"model_name": ("llama",)}
+PQ = {"item_table": ("pq",)}
 READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
 
 

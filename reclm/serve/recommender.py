@@ -42,7 +42,7 @@ class Reason:
 class Engine(Protocol):
     """A model in one runtime. Batches are those of `person.make_batch`."""
 
-    table: np.ndarray  # (V, D) float32 item factors
+    table: np.ndarray  # (V, D) float32 item factors, or what can be used like them (trained.PQTable)
 
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """(B, D) float32 user embeddings after the last action"""
@@ -267,15 +267,17 @@ class Recommender:
     # ------------------------------------------------------------------ explanations
 
     @cached_property
-    def directions(self) -> np.ndarray:
-        """(V, D) item factors of length 1"""
-        table = self.engine.table
-        return table / np.linalg.norm(table, axis=1, keepdims=True).clip(min=1e-12)
+    def lengths(self) -> np.ndarray:
+        """(V,) of the item factors"""
+        numbers, size = np.arange(len(self.catalogue) + 1), 2**16
+        parts = (self.engine.table[numbers[i : i + size]] for i in range(0, len(numbers), size))
+        return np.concatenate([np.linalg.norm(part, axis=1) for part in parts]).clip(min=1e-12)
 
     def similar(self, item: str, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
         """The k items whose factors have the largest cosine with those of an item, which is the score."""
         number = self.catalogue.number(item)
-        cosines = self.directions @ self.directions[number]
+        factor = self.engine.table[np.array([number])] / self.lengths[number]  # (1, D)
+        cosines = score_items(factor, self.engine.table)[0] / self.lengths
         cosines[self.catalogue.left_out(filters)] = -np.inf
         cosines[number] = -np.inf
         (chosen,) = top_k(cosines[None], k)

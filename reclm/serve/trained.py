@@ -12,6 +12,7 @@ from reclm.data.histories import FILE
 from reclm.errors import UserError
 from reclm.metrics import choosing_metric
 from reclm.nn.incremental import History, extend, is_full, read
+from reclm.nn.pq import PQEmbedding
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
 from reclm.run.process import check_memory, keep_freed_memory
 from reclm.serve.about import About
@@ -80,12 +81,36 @@ def describe_training(state: dict) -> str:
     return f"epoch {rows[0]['epoch']} (validation {name} {value:.4f})"
 
 
+class PQTable:
+    """The item factors of --item_table=pq: of the array (V, D) that they stand for, its rows by number, its
+    length, and its product with user embeddings. A row of it, by number, is an array."""
+
+    def __init__(self, items: PQEmbedding):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @torch.inference_mode()
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """Item numbers (...) -> (..., D)"""
+        return self.items(torch.as_tensor(numbers, device=self.items.codes.device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def scores(self, hidden: np.ndarray) -> np.ndarray:
+        """(B, D) -> (B, V)"""
+        return self.items.scores(torch.from_numpy(hidden).to(self.items.codes.device)).cpu().numpy()
+
+
 class TorchEngine:
     """See recommender.Engine."""
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
+        if isinstance(model.item_embedding, PQEmbedding):
+            self.table = PQTable(model.item_embedding)
+            return
         with torch.inference_mode():
             table = model.item_table().clone()
         # The content of items never changes any more: it becomes part of their vectors.
