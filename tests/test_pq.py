@@ -19,6 +19,9 @@ from reclm.nn.losses import LOSSES, Excluded, exclude_negatives, score_items
 from reclm.nn.pq import PQEmbedding, assign_codes, choose_centroids, item_factors
 from reclm.run.optim import build_optimizer
 from reclm.serve import Recommender
+from reclm.serve import pq as serve_pq
+from reclm.serve.pq import PQTable
+from reclm.serve.top_k import top_k
 
 SETTINGS = {"dim": 16, "n_heads": 2, "n_layers": 1, "max_len": 12, "dropout": 0.0}
 PQ = SETTINGS | {"item_table": "pq", "pq_codes": 4, "pq_centroids": 8}
@@ -131,6 +134,42 @@ def test_a_step_makes_nothing_with_a_row_per_item(loss):
     assert id(model.item_embedding.weight) in map(id, optimizer.param_groups[1]["params"])  # as an embedding
 
 
+@pytest.mark.parametrize(("codes", "centroids"), [(4, 8), (16, 256), (1, 9), (3, 20)])
+def test_scores_of_one_person_by_pairs_of_codes(codes, centroids, monkeypatch):
+    monkeypatch.setattr(serve_pq, "MANY", 0)
+    monkeypatch.setattr(serve_pq, "ITEMS_AT_ONCE", 50)
+    items = table(300, dim=48, pq_codes=codes, pq_centroids=centroids, n_heads=2).float()
+    hidden = np.random.default_rng(0).standard_normal((2, 48), dtype=np.float32)
+    scores = PQTable(items).scores(hidden)
+    np.testing.assert_allclose(scores, hidden @ items.dense().detach().numpy().T, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 7, 400])
+def test_the_best_of_many_persons(k, monkeypatch):
+    """Without a (B, V), against all scores, with many ties: as top_k, lower numbers first."""
+    monkeypatch.setattr(serve_pq, "BLOCK", 16)
+    monkeypatch.setattr(serve_pq, "ITEMS_AT_ONCE", 64)
+    rng, items = np.random.default_rng(0), table(300, pq_codes=2, pq_centroids=4).float()
+    items.weight.data.mul_(4).round_().div_(4)  # so that no sum is rounded
+    hidden = rng.integers(-4, 5, (6, 16)).astype(np.float32)
+    left_out = np.array([0, 3, *range(120, 200)])
+    seen = [rng.integers(1, 301, count) for count in (0, 5, 200, 1, 2000, 30)]
+    scores = hidden @ items.dense().detach().numpy().T
+    scores[:, left_out] = -np.inf
+    for row, own in zip(scores, seen, strict=True):
+        row[own] = -np.inf
+    found = PQTable(items).best(hidden, k, left_out, seen)
+    for row, numbers, (chosen, own) in zip(scores, top_k(scores, k), found, strict=True):
+        assert chosen.tolist() == numbers.tolist() and own.tolist() == row[numbers].tolist()
+    assert len(found[4][0]) < 5
+
+
+def test_no_best_of_scores_that_are_no_numbers():
+    items = table(300).float()
+    with pytest.raises(UserError, match="non-finite scores"):
+        PQTable(items).best(np.full((5, 16), np.nan, np.float32), 3, np.zeros(1, int), [np.zeros(0, int)] * 5)
+
+
 # ---------------------------------------------------------------- codes
 
 
@@ -169,10 +208,11 @@ def test_held_out_items_change_no_code():
 
 
 def test_similar_items_share_codes():
-    codes = assign_codes(make_dataset(clustered(), num_items=120), ModelConfig(**PQ), seed=0)[1:].float()
-    apart = (codes[:, None] - codes).abs().mean(-1)  # (120, 120): mean distance of the quantiles
+    codes = assign_codes(make_dataset(clustered(), num_items=120), ModelConfig(**PQ), seed=0)[1:]
+    shared = (codes[:, None] == codes).float().mean(-1)  # (120, 120)
     same = torch.arange(120)[:, None] // 20 == torch.arange(120) // 20
-    assert apart[same].mean() < 0.5 * apart[~same].mean()
+    same, other = shared[same & ~torch.eye(120, dtype=bool)].mean(), shared[~same].mean()
+    assert same > 2 * other > 0, (same, other)
 
 
 def test_an_item_without_training_rows_is_where_factors_are_0():
@@ -187,10 +227,11 @@ def test_an_item_without_training_rows_is_where_factors_are_0():
 def test_factors_are_singular_vectors():
     """Against LAPACK's, up to their sign; a user who comes back to an item counts once."""
     rng = np.random.default_rng(0)
-    dense = (rng.random((50, 30)) < np.linspace(0.1, 0.9, 30)).astype(np.float32)
+    dense = np.kron(np.diag([0.9, 0.7, 0.5]), np.ones((20, 10)))  # three groups, one more used than the next
+    dense = (rng.random((60, 30)) < dense + 0.02).astype(np.float32)
     users, items = dense.nonzero()
     index = torch.from_numpy(np.stack([[*users, users[0]], [*items, items[0]]]))
-    factors = item_factors(index, (50, 30), 3, torch.Generator().manual_seed(0)).numpy()
+    factors = item_factors(index, (60, 30), 3, torch.Generator().manual_seed(0)).numpy()
     _, _, expected = np.linalg.svd(dense, full_matrices=False)
     assert np.abs((factors * expected[:3].T).sum(0)) == pytest.approx(1, abs=1e-3)
 
@@ -203,7 +244,8 @@ def test_fewer_sub_vectors_for_fewer_items():
 
 # ---------------------------------------------------------------- runs
 
-FLAGS = [*TINY, "--item_table=pq", "--pq_codes=4", "--pq_centroids=8", "--num_epochs=3", "--loss=softmax"]
+FLAGS = [flag for flag in TINY if "negatives" not in flag]
+FLAGS += ["--item_table=pq", "--pq_codes=4", "--pq_centroids=8", "--num_epochs=3", "--loss=softmax"]
 
 
 @pytest.fixture(scope="module")
@@ -243,19 +285,18 @@ def test_a_checkpoint_needs_no_data(runs, tmp_path):
     cosines = vectors @ vectors[4] / lengths / lengths[4]
     assert recommender.similar(items[3], 1)[0].score == pytest.approx(np.delete(cosines, 4).max(), abs=1e-5)
     assert len(recommender.why(person, [best[0].id])) == 1
+    together = recommender.recommend_batch([person] * 6, 5)  # by PQTable.best
+    assert [item.id for item in together[5]] == [item.id for item in best]
 
 
 def test_it_is_evaluated_and_resumed_with_its_codes(runs, tmp_path):
-    shown = here("--eval_only=true", "--ckpt_name=one/last.pth", "--out_dir=evaluated", cwd=runs)
+    shown = here("--eval_only=true", "--ckpt_name=last.pth", "--out_dir=one", cwd=runs)
     assert "TEST of" in shown.ok().stdout
-    command = ["--dataset=actions.csv", *FLAGS, "--dropout=0", "--out_dir=again"]
-    here(*command, cwd=runs).ok()
-    shutil.rmtree(tmp_path / "again", ignore_errors=True)
-    shutil.copytree(runs / "again", tmp_path / "again")
-    shutil.copy(tmp_path / "again" / "epoch_0.pth", tmp_path / "again" / "last.pth")
+    shutil.copytree(runs / "one", tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "epoch_0.pth", tmp_path / "one" / "last.pth")
     shutil.copy(runs / "actions.csv", tmp_path / "actions.csv")
-    here(*command, "--resume=auto", cwd=tmp_path).ok()
-    whole, resumed = (read_state(folder / "again" / "last.pth")["model"] for folder in (runs, tmp_path))
+    here("--dataset=actions.csv", *FLAGS, "--dropout=0", "--out_dir=one", "--resume=auto", cwd=tmp_path).ok()
+    whole, resumed = (read_state(folder / "one" / "last.pth")["model"] for folder in (runs, tmp_path))
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 

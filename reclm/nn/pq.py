@@ -20,7 +20,7 @@ from reclm.nn.losses import Excluded, weigh
 
 MOST_CENTROIDS = 256  # a code is one byte
 ITEMS_PER_CENTROID = 16  # at least, unless --pq_centroids says otherwise
-ITEMS_AT_ONCE = 2**14  # whose scores are summed at a time
+ITEMS_AT_ONCE = 2**12  # whose scores are summed at a time
 POSITIONS_AT_ONCE = 128  # of the softmax, whose scores of all items are held at a time
 OVERSAMPLING, ITERATIONS = 8, 4  # of the randomised SVD
 
@@ -160,8 +160,9 @@ def item_factors(index: Tensor, size: tuple[int, int], rank: int, generator: tor
     """index (2, n) of the ones of a sparse matrix, `size` (U, V) -> its first `rank` right singular vectors,
     (V, rank), by subspace iteration from a random start (arXiv 0909.4061, algorithm 4.4). The matrix is held
     twice, and rank + 8 numbers per user and per item."""
-    matrix = torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), size).coalesce()
-    matrix = torch.sparse_coo_tensor(matrix.indices(), torch.ones(matrix._nnz()), size)  # repeats count once
+    pairs = (index[0] * size[1] + index[1]).unique()  # somebody who comes back to an item counts once
+    index = torch.stack([pairs // size[1], pairs % size[1]])
+    matrix = torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), size, check_invariants=True)
     basis = torch.randn(size[0], min(rank + OVERSAMPLING, *size), generator=generator)
     for _ in range(ITERATIONS):  # of the users, whose number is usually smaller
         basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q  # (U, rank + 8)

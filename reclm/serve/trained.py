@@ -18,6 +18,7 @@ from reclm.run.process import check_memory, keep_freed_memory
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
+from reclm.serve.pq import PQTable
 
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
@@ -79,27 +80,6 @@ def describe_training(state: dict) -> str:
         return "no whole epoch"
     name, value = choosing_metric(rows[0], "valid/")
     return f"epoch {rows[0]['epoch']} (validation {name} {value:.4f})"
-
-
-class PQTable:
-    """The item factors of --item_table=pq: of the array (V, D) that they stand for, its rows by number, its
-    length, and its product with user embeddings. A row of it, by number, is an array."""
-
-    def __init__(self, items: PQEmbedding):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @torch.inference_mode()
-    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        """Item numbers (...) -> (..., D)"""
-        return self.items(torch.as_tensor(numbers, device=self.items.codes.device)).cpu().numpy()
-
-    @torch.inference_mode()
-    def scores(self, hidden: np.ndarray) -> np.ndarray:
-        """(B, D) -> (B, V)"""
-        return self.items.scores(torch.from_numpy(hidden).to(self.items.codes.device)).cpu().numpy()
 
 
 class TorchEngine:

@@ -48,8 +48,8 @@ from reclm.run.optim import learning_rate
 from reclm.run.output import ScriptParser, write_whole
 from reclm.run.process import keep_freed_memory
 from reclm.run.report import stamp
+from reclm.serve.pq import PQTable
 from reclm.serve.top_k import score_items, top_k
-from reclm.serve.trained import PQTable
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "pq.json"
