@@ -137,7 +137,7 @@ def test_a_step_makes_nothing_with_a_row_per_item(loss):
 @pytest.mark.parametrize(("codes", "centroids"), [(4, 8), (16, 256), (1, 9), (3, 20)])
 def test_scores_of_one_person_by_pairs_of_codes(codes, centroids, monkeypatch):
     monkeypatch.setattr(serve_pq, "MANY", 0)
-    monkeypatch.setattr(serve_pq, "ITEMS_AT_ONCE", 50)
+    monkeypatch.setattr(serve_pq, "LOOKED_UP", 70)
     items = table(300, dim=48, pq_codes=codes, pq_centroids=centroids, n_heads=2).float()
     hidden = np.random.default_rng(0).standard_normal((2, 48), dtype=np.float32)
     scores = PQTable(items).scores(hidden)

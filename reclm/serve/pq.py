@@ -14,6 +14,7 @@ from reclm.serve.top_k import FEW, top_k
 MANY = 2**16  # items: from here on, tables of the sums of two sub-scores pay
 BLOCK = 128  # items of which the best score is kept
 ITEMS_AT_ONCE = 2**13  # whose scores, of all persons, should stay in the cache
+LOOKED_UP = 2**16  # items whose sub-scores are looked up in one table before the next one
 
 
 class PQTable:
@@ -56,11 +57,12 @@ class PQTable:
             np.add(sub_scores[2 * j + 1][:, None], sub_scores[2 * j], out=table[:, :k])
             tables.append(table.ravel())
             indices.append(pairs[:, j])
-        scores = np.zeros(len(self), np.float32)
-        for i in range(0, len(self), 2 * ITEMS_AT_ONCE):
-            part = scores[i : i + 2 * ITEMS_AT_ONCE]
+        scores, part = np.zeros(len(self), np.float32), np.empty(LOOKED_UP, np.float32)
+        for i in range(0, len(self), LOOKED_UP):
+            total = scores[i : i + LOOKED_UP]
             for table, index in zip(tables, indices, strict=True):
-                part += table.take(index[i : i + 2 * ITEMS_AT_ONCE], mode="clip")  # the fastest mode
+                found = part[: len(total)]
+                total += table.take(index[i : i + LOOKED_UP], out=found, mode="clip")  # the fastest mode
         scores[0] = 0.0
         return scores
 
@@ -69,7 +71,8 @@ class PQTable:
         self, hidden: np.ndarray, k: int, left_out: np.ndarray, seen: Sequence[np.ndarray]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """User embeddings (B, D) -> per person (item numbers, scores) of the k best items but those of
-        `left_out` (n,) and the person's own in `seen`, best first, of equal ones the lower number first.
+        `left_out` (n,), in order, and the person's own in `seen`; best first, of equal ones the lower number
+        first.
 
         No (B, V) is made: scores are computed for some thousand items at a time, of which the best of each
         BLOCK is kept. The k best items are in blocks that reach the k-th best of these; only the items of
@@ -77,26 +80,24 @@ class PQTable:
         sub_scores = self.items.sub_scores(self.to_device(hidden))  # (m k, B)
         if not sub_scores.sum().isfinite():
             raise UserError("the model gives non-finite scores: use another checkpoint")
-        allowed = np.zeros(len(self), np.float32)  # or -inf, to be added
+        tops = self.best_of_blocks(sub_scores, left_out, seen).T.contiguous().cpu().numpy()  # (B, blocks)
+        bounds = np.partition(tops, -min(k, tops.shape[1]))[:, -min(k, tops.shape[1])]  # (B,)
+        found, allowed, numbers = [], np.zeros(len(self), np.float32), np.arange(BLOCK)
         allowed[left_out] = -np.inf
-        tops = self.best_of_blocks(sub_scores, allowed, seen).cpu().numpy()  # (blocks, B)
-        bounds = np.partition(tops, -min(k, len(tops)), axis=0)[-min(k, len(tops))]  # (B,)
-        found, numbers = [], np.arange(BLOCK)
-        for person, own in enumerate(self.sub_scores(hidden)):
-            top = tops[:, person]
-            blocks = np.flatnonzero((top >= bounds[person]) & (top > -np.inf))
+        for top, bound, own, items in zip(tops, bounds, self.sub_scores(hidden), seen, strict=True):
+            blocks = np.flatnonzero((top >= bound) & (top > -np.inf))
             chosen = (blocks[:, None] * BLOCK + numbers).ravel()
             chosen = chosen[chosen < len(self)]
+            before, allowed[items] = allowed[items], -np.inf
             scores = sum(table[codes] for table, codes in zip(own, self.codes[chosen].T, strict=True))
             scores += allowed[chosen]
-            scores[np.isin(chosen, seen[person])] = -np.inf
+            allowed[items] = before
             (order,) = top_k(scores[None], k)
             found.append((chosen[order], scores[order]))
         return found
 
-    def best_of_blocks(self, sub_scores: Tensor, allowed: np.ndarray, seen: Sequence[np.ndarray]) -> Tensor:
+    def best_of_blocks(self, sub_scores: Tensor, left_out: np.ndarray, seen: Sequence[np.ndarray]) -> Tensor:
         """(m k, B) -> (V / BLOCK, B), -inf where all items of a block are left out"""
-        allowed = self.to_device(allowed)
         persons = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
         items = np.concatenate(seen)
         order = items.argsort()
@@ -104,9 +105,12 @@ class PQTable:
         for i in range(0, len(self), ITEMS_AT_ONCE):
             codes = self.items.codes[i : i + ITEMS_AT_ONCE]
             scores = F.embedding_bag(codes + self.items.first, sub_scores, mode="sum")  # (v, B)
-            scores += allowed[i : i + ITEMS_AT_ONCE, None]
-            part = slice(*np.searchsorted(items, [i, i + len(codes)]))
-            scores[self.to_device(items[part] - i), persons[part]] = -torch.inf
-            scores = F.pad(scores, (0, 0, 0, -len(scores) % BLOCK), value=-torch.inf)
+            none, own = (
+                slice(*np.searchsorted(numbers, [i, i + len(codes)])) for numbers in (left_out, items)
+            )
+            scores[self.to_device(left_out[none] - i)] = -torch.inf
+            scores[self.to_device(items[own] - i), persons[own]] = -torch.inf
+            if len(scores) % BLOCK:  # the last ones
+                scores = F.pad(scores, (0, 0, 0, -len(scores) % BLOCK), value=-torch.inf)
             tops.append(scores.unflatten(0, (-1, BLOCK)).amax(1))
         return torch.cat(tops)
