@@ -97,7 +97,7 @@ def ml_1m(args: argparse.Namespace) -> dict:
                 "minutes per seed": f"{np.mean([result['seconds'] for result in results]) / 60:.1f}",
             }
         )
-    return {"seeds": args.seeds, "rows": rows}
+    return {"seeds": args.seeds, "flags": " ".join(args.flags) or "none", "rows": rows}
 
 
 def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> str:
@@ -159,6 +159,12 @@ def made_up(items: int, users: int, seed: int = 0) -> Dataset:
     ids = {"users": np.arange(users), "items": np.arange(count * GROUP)}
     actions = {"item_ids": item_ids, "timestamps": none, "ratings": none}
     return Dataset("made-up", "none", notes=[], fingerprint="", offsets=offsets, **actions, **ids)
+
+
+def first_users(dataset: Dataset, count: int) -> Dataset:
+    offsets = dataset.offsets[: count + 1]
+    item_ids = dataset.item_ids[: offsets[-1]]
+    return replace(dataset, users=dataset.users[:count], offsets=offsets, item_ids=item_ids)
 
 
 def settings(table: str, dim: int = 64, codes: int = 4, **others) -> Config:
@@ -271,7 +277,7 @@ def cost_of_codes(items: int, users: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     keep_freed_memory()
     dataset = made_up(items, users)
-    assign_codes(replace(dataset, offsets=dataset.offsets[:65], users=dataset.users[:64]), ONE, 0)
+    assign_codes(first_users(dataset, 64), ONE, 0)  # loads code
     before, begin = measure.own_peak(), time.perf_counter()
     assign_codes(dataset, ONE, 0)
     return time.perf_counter() - begin, measure.own_peak() - before
@@ -307,14 +313,7 @@ def trained(table: str, codes: int, args: argparse.Namespace) -> dict[str, str]:
             costs.step(run, batch)
             steps += 1
             taken += time.perf_counter() - begin
-    last = dataset.offsets[RANKED]
-    ranked = replace(
-        dataset,
-        users=dataset.users[:RANKED],
-        offsets=dataset.offsets[: RANKED + 1],
-        item_ids=dataset.item_ids[:last],
-    )
-    found = evaluate(run.model, ranked, "test", cfg.eval)["NDCG@10"]
+    found = evaluate(run.model, first_users(dataset, RANKED), "test", cfg.eval)["NDCG@10"]
     return {"NDCG@10": f"{found:.4f}".removeprefix("0"), "seconds": f"{taken:.0f}"}
 
 
