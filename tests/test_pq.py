@@ -151,10 +151,11 @@ def test_the_best_of_many_persons(k, monkeypatch):
     monkeypatch.setattr(serve_pq, "ITEMS_AT_ONCE", 64)
     rng, items = np.random.default_rng(0), table(300, pq_codes=2, pq_centroids=4).float()
     items.weight.data.mul_(4).round_().div_(4)  # so that no sum is rounded
-    hidden = rng.integers(-4, 5, (6, 16)).astype(np.float32)
+    hidden = rng.integers(-4, 5, (7, 16)).astype(np.float32)
     left_out = np.array([0, 3, *range(120, 200)])
     seen = [rng.integers(1, 301, count) for count in (0, 5, 200, 1, 2000, 30)]
     scores = hidden @ items.dense().detach().numpy().T
+    seen.append(np.argsort(-scores[6])[:90])  # a block has nothing but these, or they are its best
     scores[:, left_out] = -np.inf
     for row, own in zip(scores, seen, strict=True):
         row[own] = -np.inf
@@ -189,7 +190,9 @@ def test_codes_are_balanced():
     for column in codes[used].T:
         counts = torch.bincount(column.int(), minlength=8)
         assert len(counts) == 8 and counts.max() - counts.min() <= 1
-    assert torch.equal(codes, assign_codes(dataset, cfg, seed=0))
+    alike = make_dataset([list(range(1, 41))] * 9)  # all factors are equal
+    for data in (dataset, alike):
+        assert torch.equal(assign_codes(data, cfg, seed=0), assign_codes(data, cfg, seed=0))
 
 
 def test_held_out_items_change_no_code():
