@@ -36,8 +36,8 @@ from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.adapt.qat import train_for
 from reclm.adapt.quantize import num_bytes, quantize_model
-from reclm.config import IN_BACKWARD, Config, build_config
-from reclm.data import histories
+from reclm.config import Config, build_config
+from reclm.contradictions import IN_BACKWARD
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
 from reclm.data.repeats import settle_history
@@ -45,11 +45,11 @@ from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
+from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, optim, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim_state import check_optimizer
-from reclm.run.output import write_whole
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.serve import hub
 
@@ -74,7 +74,7 @@ def evaluate_checkpoint(given: dict) -> None:
     out_dir, path = hub.find_model(given)
     cfg, dataset, model = open_checkpoint(given, path)
     if path.parent == out_dir:
-        keep_histories(out_dir, dataset)
+        folder.keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
     result |= {"quantize": cfg.run.quantize, "bytes": num_bytes(model)}
     for split in ("valid", "test"):
@@ -154,6 +154,9 @@ class Run:
             checkpoint.restore_model(model, state, path, dataset)
         elif cfg.train.init_from:
             init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+        elif cfg.model.item_table == "pq":
+            codes = dist.on_main(lambda: assign_codes(dataset, cfg.model, cfg.train.seed))
+            model.item_embedding.codes.copy_(codes)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
         if state and cfg.train.ema:
             trained = state.get("trained", state["model"])
@@ -211,18 +214,11 @@ def train(given: dict) -> None:
     run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
     with folder.claimed(cfg, dataset.name, path) as out_dir:
         run.open(out_dir)
-        keep_histories(out_dir, dataset)
+        folder.keep_histories(out_dir, dataset)
         if state:
             say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
         with closing(run.logger):  # the progress bar must end before an error is printed
             fit(run)
-
-
-def keep_histories(out_dir: Path, dataset: Dataset) -> None:
-    """Write histories.npz, from which scripts/recommend.py knows the users, unless it is there."""
-    target = out_dir / histories.FILE
-    if not dataset.grown and not dist.on_main(target.exists):
-        dist.on_main(lambda: write_whole(target, lambda path: histories.write_histories(path, dataset)))
 
 
 def describe(given: dict) -> None:

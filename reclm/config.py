@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+from reclm.contradictions import refuse_contradictions
 from reclm.errors import UserError
 from reclm.settings import (
     CTR,
@@ -16,6 +17,7 @@ from reclm.settings import (
     IMPRESSIONS,
     LLAMA,
     MATCHING,
+    PQ,
     READS_TIMES,
     AnyBut,
     finite,
@@ -25,7 +27,6 @@ from reclm.settings import (
     setting,
 )
 
-IN_BACKWARD = ("lomo", "adalomo")
 USUAL_LR = {"adafactor": 0.2, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}  # those of the others: 3e-3
 
 
@@ -74,6 +75,13 @@ class ModelConfig:
     such results only with models that also know it"""
     gated_residuals: bool = setting(False, "model", LLAMA)
     """multiply each residual branch of llama blocks by a trained sigmoid gate (LiGR, arXiv 2502.03417)"""
+    item_table: Literal["dense", "pq"] = setting("dense", "model")
+    """dense = a trained vector per item; pq = item vectors put together from shared, trained sub-vectors, for
+    large catalogues (RecJPQ, arXiv 2312.06165; docs/pq.md)"""
+    pq_codes: int = setting(8, "model", PQ)
+    """m, sub-vectors per item with item_table=pq, one byte each; must divide dim"""
+    pq_centroids: int = setting(0, "model", PQ)
+    """k, sub-vectors to choose each of them from, at most 256; 0 = 256, fewer with less than 4,096 items"""
     dropout: float = setting(0.2, "model")
     """dropout probability, on the input embeddings and on each residual branch"""
     user_embedding: Literal["none", "explicit"] = setting("none", "model")
@@ -332,50 +340,8 @@ def build_config(values: dict) -> Config:
             raise UserError(f"--{name}={value} is too large: it must be at most {2**32:,}")
         refuse_without_effect(name, flat)
     settle_by_settings(cfg)
-    if cfg.model.window >= cfg.model.max_len:
-        raise UserError(
-            f"--window={cfg.model.window} has no effect with --max_len={cfg.model.max_len}: leave it out"
-        )
-    if cfg.train.init_from == "":
-        raise UserError("--init_from= names no checkpoint: leave it out")
-    if cfg.run.from_hub and not cfg.run.eval_only:
-        raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
-    check_quantization(cfg)
-    check_optimizer(cfg)
-    if cfg.data.cold_items and not cfg.loss.share_negatives:
-        raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
-    if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
-        raise UserError(
-            f"--repeats={flat['repeats']} is for --task=matching without --ctr_split: leave it out"
-        )
-    if cfg.loss.exclude_history and not cfg.eval.filter_seen:
-        raise UserError(
-            "--filter_seen=false ranks the items of the history, which are no negatives in training: "
-            "train with --exclude_history=false"
-        )
+    refuse_contradictions(cfg)
     return cfg
-
-
-def check_quantization(cfg: Config) -> None:
-    """Raise UserError for --quantize in training, and for a setting that --qat cannot be combined with."""
-    if cfg.run.quantize != "none" and not cfg.run.eval_only:
-        raise UserError(f"--quantize={cfg.run.quantize} is for --eval_only=true: to train for it use --qat")
-    if cfg.train.qat != "none" and (cfg.model.item_features or cfg.train.compile):
-        raise UserError(f"--qat={cfg.train.qat} goes with neither --item_features nor --compile: drop one")
-
-
-def check_optimizer(cfg: Config) -> None:
-    """Raise UserError where the optimizer contradicts other settings."""
-    if cfg.train.optimizer in IN_BACKWARD and cfg.train.grad_accum_steps > 1:
-        raise UserError(
-            f"--optimizer={cfg.train.optimizer} updates the weights in each backward pass: "
-            "leave out --grad_accum_steps"
-        )
-    if cfg.train.optimizer == "sophia" and (cfg.loss.loss != "softmax" or cfg.model.time_head):
-        raise UserError(
-            "--optimizer=sophia draws targets from the softmax over all items: "
-            "use --loss=softmax without --time_head, or another optimizer"
-        )
 
 
 def settle_by_settings(cfg: Config) -> None:

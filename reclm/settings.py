@@ -26,6 +26,7 @@ CTR = {"task": ("ctr",)}
 IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
 LLAMA = {"model_name": ("llama",)}
 FULL_GRADIENT = {"optimizer": AnyBut(["sophia", "lomo", "adalomo"])}
+PQ = {"item_table": ("pq",)}
 READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
 
 

@@ -107,6 +107,8 @@ IDLE = [  # a setting that has no effect with these others
     ({"gated_residuals": True}, {"model_name": "hstu"}),
     ({"n_kv_heads": 1}, {"model_name": "hstu"}),
     ({"hidden_dim": 50}, {"model_name": "hstu"}),
+    ({"pq_codes": 4}, {"item_table": "dense"}),
+    ({"pq_centroids": 16}, {"item_table": "dense"}),
     ({"request_time": True}, {"model_name": "llama", "time_tokens": "none"}),
     ({"cold_items": 0.1}, {"exclude_history": False}),
     ({"ctr_history": "past"}, {"task": "matching"}),

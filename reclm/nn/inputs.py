@@ -16,6 +16,7 @@ from reclm.data.dataset import Vocabulary
 from reclm.nn.layers import (
     TIME_BUCKETS,
     PositionEmbedding,
+    Table,
     TimeEmbedding,
     ZeroEmbedding,
     ZeroEmbeddingBag,
@@ -66,7 +67,7 @@ class Inputs(nn.Module):
         """Tokens of the longest row, with room for a candidate at its end."""
         return len(self.first_profile) + self.tokens_per_action * (self.cfg.max_len + 1)
 
-    def forward(self, row: dict[str, Tensor], item_table: Tensor) -> Tensor:
+    def forward(self, row: dict[str, Tensor], item_table: Table) -> Tensor:
         """A row from `lay_out` and the item table (V, D) -> token vectors (B, S, D)"""
         ids = row["token_ids"]
         if self.token_embedding is None:

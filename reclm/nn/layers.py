@@ -26,11 +26,15 @@ class ResidualLinear(nn.Linear):
     """nn.Linear that writes into the residual stream: the more blocks, the smaller its initial weights."""
 
 
-class ItemEmbedding(nn.Embedding):
-    """The vectors of the items. Modules of reclm/adapt can stand in its place."""
+# An item table: (V, D), or a module that stands for one and has `forward` to look rows up and `scores` of all
+# items (see `rows` and `score_items` in losses.py): PQEmbedding, or QuantizedTable of reclm/adapt/quantize.py.
+Table = Tensor | nn.Module
 
-    def table(self) -> Tensor:
-        """The item table (V, D), or what stands for one: see `rows` and `score_items` in losses.py"""
+
+class ItemEmbedding(nn.Embedding):
+    """The vectors of the items. PQEmbedding and modules of reclm/adapt can stand in its place."""
+
+    def table(self) -> Table:
         return self.weight
 
 

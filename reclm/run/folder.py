@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 
 from reclm.config import FIELDS, SECTIONS, Config, fixed_names
+from reclm.data import histories
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.run import dist
 from reclm.run.checkpoint import epoch_files, load_checkpoint
@@ -206,3 +208,10 @@ def dump_config(cfg: Config) -> str:
         if section != "run":
             parts.append(f"# {cls.__doc__}\n" + yaml.safe_dump(vars(getattr(cfg, section)), sort_keys=False))
     return "\n".join(parts)
+
+
+def keep_histories(out_dir: Path, dataset: Dataset) -> None:
+    """Write histories.npz, from which scripts/recommend.py knows the users, unless it is there."""
+    target = out_dir / histories.FILE
+    if not dataset.grown and not dist.on_main(target.exists):
+        dist.on_main(lambda: write_whole(target, lambda path: histories.write_histories(path, dataset)))

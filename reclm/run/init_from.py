@@ -27,6 +27,8 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
         raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
     state = load_checkpoint(path)
     check_leak(path, state, cfg)
+    if state["config"].get("item_table", "dense") != "dense":
+        raise UserError(f"--init_from={path} has no vector per item (item_table=pq): choose another")
     weights, saved, said = model.state_dict(), dict(state["model"]), ""
     if saved[ITEMS].shape[1:] != weights[ITEMS].shape[1:]:
         raise UserError(

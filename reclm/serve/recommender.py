@@ -13,7 +13,7 @@ from reclm.errors import UserError
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue, Filters
 from reclm.serve.person import Person, Reads, make_batch
-from reclm.serve.top_k import score_items, top_k
+from reclm.serve.top_k import FEW, score_items, top_k
 
 AT_ONCE = 64  # persons in one pass through the model
 EVERYTHING = Filters()
@@ -42,7 +42,9 @@ class Reason:
 class Engine(Protocol):
     """A model in one runtime. Batches are those of `person.make_batch`."""
 
-    table: np.ndarray  # (V, D) float32 item factors, or what can be used like them (trained.SmallTable)
+    table: (
+        np.ndarray
+    )  # (V, D) float32 item factors, or what can be used like them (trained.SmallTable, pq.PQTable)
 
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """(B, D) float32 user embeddings after the last action"""
@@ -209,12 +211,17 @@ class Recommender:
         self, hidden: np.ndarray, people: Sequence[Person], k: int, filters: Filters
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The same from the user embeddings (B, D). Raises UserError for non-finite scores."""
+        left_out, includes_seen = self.catalogue.left_out(filters), self.includes_seen(filters)
+        if len(people) > FEW and hasattr(self.engine.table, "best"):  # a PQTable
+            nothing = np.zeros(0, np.int64)
+            seen = [nothing if includes_seen else person.items for person in people]
+            return self.engine.table.best(hidden, k, left_out, seen)
         scores = score_items(hidden, self.engine.table)  # (B, V)
         if not np.isfinite(scores.sum()):
             raise UserError("the model gives non-finite scores: use another checkpoint")
         # Filters come before the choice of k: the other order would return fewer than k.
-        scores[:, self.catalogue.left_out(filters)] = -np.inf
-        if not self.includes_seen(filters):
+        scores[:, left_out] = -np.inf
+        if not includes_seen:
             for row, person in zip(scores, people, strict=True):
                 row[person.items] = -np.inf  # of the whole history, not only what the model sees of it
         return [(found, row[found]) for row, found in zip(scores, top_k(scores, k), strict=True)]

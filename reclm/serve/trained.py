@@ -13,12 +13,14 @@ from reclm.data.histories import FILE
 from reclm.errors import UserError
 from reclm.metrics import choosing_metric
 from reclm.nn.incremental import History, extend, is_full, read
+from reclm.nn.pq import PQEmbedding
 from reclm.run.checkpoint import load_checkpoint, load_weights, read_vocabulary
 from reclm.run.process import check_memory, keep_freed_memory
 from reclm.run.report import describe_rounding
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
+from reclm.serve.pq import PQTable
 
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
@@ -114,6 +116,9 @@ class TorchEngine:
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
+        if isinstance(model.item_embedding, PQEmbedding):
+            self.table = PQTable(model.item_embedding)
+            return
         with torch.inference_mode():
             table = model.item_table()
         if not isinstance(table, torch.Tensor):
