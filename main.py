@@ -23,7 +23,7 @@ import math
 import time
 from contextlib import closing, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
+from reclm.adapt import lora
 from reclm.config import Config, build_config
 from reclm.data import histories
 from reclm.data.dataset import Dataset
@@ -139,19 +140,20 @@ class Run:
     ):
         """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
 
-        The order matters: load the weights before copying them for the average, then compile and wrap the
-        model, and build the optimizer last, because a wrapper may replace parameters."""
+        The order matters: load the weights, adapt the model, copy it for the average, compile and wrap it,
+        and build the optimizer last, because a wrapper may replace parameters."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
-        self.device = next(model.parameters()).device
+        self.device, base = next(model.parameters()).device, None
         if state:
             checkpoint.restore_model(model, state, path, dataset)
+            base = lora.read_base(state, model, path)
         elif cfg.train.init_from:
-            init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+            base = init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+        self.base = lora.adapt(model, cfg, base)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
-        if state and cfg.train.ema:
-            trained = state.get("trained", state["model"])
-            checkpoint.restore_model(model, state | {"model": trained}, path, dataset)
+        if state:
+            checkpoint.restore_training(model, self.averaged, state, path)
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
@@ -176,16 +178,21 @@ class Run:
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
-            "model": self.averaged.state_dict(),
+            "model": lora.plain_weights(self.averaged, self.base),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
             "history": self.history,
             "config": self.cfg.flat(),
         }
-        if self.cfg.train.ema:
+        if self.cfg.train.ema or self.base:
             state["trained"] = self.model.state_dict()
+        if self.base:
+            state |= {"averaged": self.averaged.state_dict(), "base": asdict(self.base)}
 
         def write() -> None:
+            if "best.pth" in names and self.cfg.adapt.adapter != "none":
+                file = self.out_dir / lora.FILE
+                lora.write_adapter(file, self.averaged, self.base, self.cfg, self.dataset.items)
             whole = state | checkpoint.about_data(self.dataset)
             checkpoint.save_checkpoint(whole, self.out_dir, list(names))
 
@@ -365,13 +372,14 @@ def report_test(run: Run) -> None:
     """Test the weights of the best validation epoch, write result.json and print the metrics."""
     # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
-    checkpoint.restore_model(run.model, checkpoint.load_checkpoint(path), path, run.dataset)
+    model = build_model(run.cfg, run.dataset) if run.base else run.model  # checkpoints hold merged weights
+    checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
     best = run.progress.best_epoch
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),
         "best_epoch": best,
-        "valid": evaluate(run.model, run.dataset, "valid", run.cfg.eval),
-        "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
+        "valid": evaluate(model, run.dataset, "valid", run.cfg.eval),
+        "test": evaluate(model, run.dataset, "test", run.cfg.eval),
     }
     write_json(run.out_dir / "result.json", result)
     say(report.format_metrics(f"TEST, best validation epoch {best}", result["test"], run.cfg))

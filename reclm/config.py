@@ -11,6 +11,7 @@ from typing import Literal
 
 from reclm.errors import UserError
 from reclm.settings import (
+    ADAPTED,
     CTR,
     IMPRESSIONS,
     LLAMA,
@@ -220,6 +221,9 @@ class TrainConfig:
     """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
     """checkpoint whose weights a new run starts from, where name and shape agree [default: random weights]"""
+    init_match: Literal["id", "title", "none"] = setting("id", "free", {"init_from": AnyBut([None])})
+    """how items of --init_from are found in these data: by id; by title and year, or none, where these data
+    have other users and ids"""
     compile: bool = setting(False, "free")
     """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
@@ -236,6 +240,26 @@ class TrainConfig:
         probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be less than 2**32")
+
+
+@dataclass
+class AdaptConfig:
+    """Adaptation of a trained model (docs/adapt.md)"""
+
+    adapter: Literal["none", "lora", "dora"] = setting("none", "model")
+    """freeze the weights of --init_from and train low-rank updates of them: lora (arXiv 2106.09685), or dora,
+    which also trains the length of each row (arXiv 2402.09353)"""
+    adapter_rank: int = setting(8, "model", ADAPTED)
+    """r, rank of the updates"""
+    adapter_targets: str | None = setting(None, "model", ADAPTED)
+    """what is updated, separated by commas: layers of the blocks such as wq,wv, and table for the item table
+    [default: all layers of the blocks whose names start with w]"""
+    train_only: Literal["all", "blocks", "table"] = setting("all", "trajectory", {"adapter": ("none",)})
+    """of the weights of --init_from train only those of the blocks, or only the item table; weights that it
+    lacks are always trained"""
+
+    def __post_init__(self):
+        positive(self, "adapter_rank")
 
 
 @dataclass
@@ -279,6 +303,7 @@ class Config:
     data: DataConfig
     loss: LossConfig
     train: TrainConfig
+    adapt: AdaptConfig
     eval: EvalConfig
     run: RunConfig
 
@@ -323,6 +348,7 @@ def build_config(values: dict) -> Config:
         )
     if cfg.train.init_from == "":
         raise UserError("--init_from= names no checkpoint: leave it out")
+    check_adaptation(cfg)
     if cfg.run.from_hub and not cfg.run.eval_only:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
     if cfg.data.cold_items and not cfg.loss.share_negatives:
@@ -337,6 +363,15 @@ def build_config(values: dict) -> Config:
             "train with --exclude_history=false"
         )
     return cfg
+
+
+def check_adaptation(cfg: Config) -> None:
+    """Raises UserError where there is nothing to adapt."""
+    for name, off in (("adapter", "none"), ("train_only", "all")):
+        if (value := getattr(cfg.adapt, name)) != off and not cfg.train.init_from:
+            raise UserError(f"--{name}={value} needs --init_from=BASE.pth, the model to adapt")
+    if cfg.adapt.adapter != "none" and cfg.model.user_embedding == "explicit":
+        raise UserError("--user_embedding=explicit has a vector per user, which no adapter holds: drop one")
 
 
 def settle_by_settings(cfg: Config) -> None:

@@ -3,7 +3,9 @@ only (weights_only=True), so that a file cannot run code.
 
     version, config             config: the flat settings
     model                       the weights to evaluate
-    trained, optimizer          the weights to train on, where --ema makes them differ; the optimizer's state
+    trained, optimizer          the weights to train on, where --ema or --adapter makes them differ; the
+                                optimizer's state
+    averaged, base              with --adapter: their average; what is adapted (init_from.Base)
     progress, history           main.Progress; the log rows of all epochs
     dataset, protocol, fingerprint, ids      the data that it fits
     num_rows, user_keys, user_rows, last_time   how to tell whether these have grown (reclm/data/grown.py)
@@ -271,6 +273,13 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Data
             f"with --init_from={path}"
         )
     load_weights(model, state, path)
+
+
+def restore_training(model: torch.nn.Module, averaged: torch.nn.Module, state: dict, path: Path) -> None:
+    """Load the weights to train on, and their average, where they are not those to evaluate."""
+    for target, entry in ((averaged, "averaged"), (model, "trained")):
+        if entry in state:
+            load_weights(target, state | {"model": state[entry]}, path)
 
 
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:

@@ -17,6 +17,7 @@ from reclm.serve.top_k import score_items, top_k
 
 AT_ONCE = 64  # persons in one pass through the model
 EVERYTHING = Filters()
+EVERY_ITEM = slice(None)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Engine(Protocol):
     def probabilities(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """candidate_ids (B, C) after each history -> (B, C), of a positive action; --task=ctr only"""
 
+    # With adapters also score_update(hidden, ids, items), see reclm/adapt/many.py.
+
 
 class Recommender:
     """Recommends items to persons of the training data and to new ones. Build it with `load`.
@@ -69,13 +72,19 @@ class Recommender:
     ):
         self.engine, self.catalogue, self.reads, self.about = engine, catalogue, reads, about
         self.histories_file = histories
+        self.adapters: list[str] = []  # names; Person.adapter counts them from 1
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "Recommender":
+    def load(
+        cls, path: str | Path, device: str = "cpu", adapters: Sequence[Path] = (), merged: Path | None = None
+    ) -> "Recommender":
         """The recommender of a checkpoint file, of a folder of the hub (reclm/serve/hub.py), or of one that
-        scripts/export.py has written, which needs onnxruntime and no torch. Raises UserError if it is
-        missing, damaged or of another kind."""
+        scripts/export.py has written, which needs onnxruntime and no torch. Each person may name one of the
+        `adapters` of a checkpoint (reclm/adapt/lora.py); the adapter `merged` is used for all. Raises
+        UserError if a file is missing, damaged or of another kind."""
         path = Path(path)
+        if path.is_dir() and (adapters or merged):
+            raise UserError(f"an adapter needs the checkpoint it was trained from, not the folder {path}")
         if (path / "model.safetensors").is_file():
             from reclm.serve.hub import open_model
 
@@ -84,9 +93,12 @@ class Recommender:
             from reclm.serve.exported import open_export
 
             return cls(*open_export(path))
-        from reclm.serve.trained import open_checkpoint
+        from reclm.serve.trained import open_checkpoint, put_adapters
 
-        return cls(*open_checkpoint(path, device))
+        recommender = cls(*open_checkpoint(path, device, merged))
+        if adapters:
+            recommender.adapters = put_adapters(recommender.engine, path, adapters)
+        return recommender
 
     @cached_property
     def histories(self) -> Histories:
@@ -126,6 +138,7 @@ class Recommender:
             "genres": catalogue.genre_names,
             "years": [int(years.min()), int(years.max())] if len(years) else None,
             "task": about.config["task"],
+            "adapters": self.adapters,
         }
 
     # ------------------------------------------------------------------ persons
@@ -137,12 +150,16 @@ class Recommender:
         profile: dict[str, str] | None = None,
         at: float | None = None,
         times: Sequence[float] = (),
+        adapter: str | None = None,
     ) -> Person:
         """A person with these actions, oldest first, each an id or a title.
 
         `ratings` and `times` (seconds since 1970) have one entry per action, or none; `profile` is like
-        {"gender": "F", "age": "25"}; `at` is the time of the request. Raises UserError for an unknown item,
-        for values that the model does not know or does not read, and if an action is after the request."""
+        {"gender": "F", "age": "25"}; `at` is the time of the request, `adapter` one of `adapters`. Raises
+        UserError for an unknown item or adapter, for values that the model does not know or does not read,
+        and if an action is after the request."""
+        if adapter is not None and adapter not in self.adapters:
+            raise UserError(f"there is no adapter {adapter!r:.80}, but {', '.join(self.adapters) or 'none'}")
         items = np.array([self.catalogue.number(text) for text in history], np.int64)
         for name, values in (("ratings", ratings), ("times", times)):
             if len(values) not in (0, len(items)):
@@ -157,7 +174,8 @@ class Recommender:
         if len(moments) and (not np.isfinite(moments).all() or (np.diff(moments) < 0).any()):
             raise UserError("times must be finite, in order and not after the request")
         times = np.full(len(items), at) if at is not None and not len(times) else moments[: len(times)]
-        return Person(items, times, codes, self.reads.profile_codes(profile or {}), at)
+        number = 0 if adapter is None else 1 + self.adapters.index(adapter)
+        return Person(items, times, codes, self.reads.profile_codes(profile or {}), at, adapter=number)
 
     def user(self, user: str, at: float | None = None) -> Person:
         """The user of the training data with this id and their whole history, with the request at the time
@@ -207,7 +225,7 @@ class Recommender:
         self, hidden: np.ndarray, people: Sequence[Person], k: int, filters: Filters
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The same from the user embeddings (B, D). Raises UserError for non-finite scores."""
-        scores = score_items(hidden, self.engine.table)  # (B, V)
+        scores = self.scores(hidden, people)  # (B, V)
         if not np.isfinite(scores.sum()):
             raise UserError("the model gives non-finite scores: use another checkpoint")
         # Filters come before the choice of k: the other order would return fewer than k.
@@ -216,6 +234,16 @@ class Recommender:
             for row, person in zip(scores, people, strict=True):
                 row[person.items] = -np.inf  # of the whole history, not only what the model sees of it
         return [(found, row[found]) for row, found in zip(scores, top_k(scores, k), strict=True)]
+
+    def scores(
+        self, hidden: np.ndarray, people: Sequence[Person], numbers: np.ndarray | slice = EVERY_ITEM
+    ) -> np.ndarray:
+        """User embeddings (B, D) -> scores (B, n) of the items `numbers` (n,)"""
+        scores = score_items(hidden, self.engine.table[numbers])
+        if any(person.adapter for person in people):
+            ids = np.array([person.adapter for person in people])
+            scores += self.engine.score_update(hidden, ids, numbers)
+        return scores
 
     def includes_seen(self, filters: Filters) -> bool:
         if filters.include_seen is not None:
@@ -306,7 +334,7 @@ class Recommender:
         """Scores (B, n) of the same n items for each person"""
         if self.is_ctr:
             return np.stack([self.probabilities(person, numbers) for person in people])
-        return self.engine.hidden(make_batch(people, self.reads)) @ self.engine.table[numbers].T
+        return self.scores(self.engine.hidden(make_batch(people, self.reads)), people, numbers)
 
     def reason(self, number: int, drop: float) -> Reason:
         return Reason(self.catalogue.ids[number - 1], self.catalogue.titles[number - 1], drop)
