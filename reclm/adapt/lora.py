@@ -17,6 +17,9 @@ and base and updates as "trained". adapter.safetensors has what the adapter adds
 
 import hashlib
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +55,9 @@ class TableUpdate(nn.Module):
 
     def __init__(self, table: Tensor, new_items: Tensor, rank: int):
         super().__init__()
-        (size, width), self.rank = table.shape, rank
-        self.register_buffer("places", new_items.to(table.device))
-        if len(new_items):
+        (size, width), self.rank, self.has_rows = table.shape, rank, bool(len(new_items))
+        if self.has_rows:
+            self.register_buffer("places", new_items.to(table.device))
             self.rows = nn.Embedding.from_pretrained(table[self.places].clone(), freeze=False)
         if rank:
             self.lora_A = nn.Linear(width, rank, bias=False, device=table.device)
@@ -63,7 +66,7 @@ class TableUpdate(nn.Module):
 
     def forward(self, table: Tensor) -> Tensor:
         """(V, D) -> (V, D)"""
-        if len(self.places):
+        if self.has_rows:
             table = table.index_copy(0, self.places, self.rows.weight)
         return table + ALPHA / self.rank * self.lora_B.weight @ self.lora_A.weight if self.rank else table
 
@@ -118,14 +121,28 @@ def find_targets(model: nn.Module, cfg: Config) -> tuple[bool, list[str]]:
 
 def inject(model: nn.Module, cfg: Config, layers: list[str]) -> None:
     """Put the updates of peft around these layers."""
+    with hidden("torchvision", "torchao"):
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError(f"--adapter needs peft ({first_line(error)}): {INSTALL}") from None
+        if layers:
+            rank, dora = cfg.adapt.adapter_rank, cfg.adapt.adapter == "dora"
+            config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=layers, use_dora=dora)
+            peft.inject_adapter_in_model(config, model)
+
+
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Packages that peft would import where they are installed, and fail with if they were built for another
+    torch, although plain layers need neither."""
+    here = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(here))  # None: cannot be found
     try:
-        import peft
-    except ImportError as error:
-        raise UserError(f"--adapter needs peft ({first_line(error)}): {INSTALL}") from None
-    if layers:
-        rank, dora = cfg.adapt.adapter_rank, cfg.adapt.adapter == "dora"
-        config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=layers, use_dora=dora)
-        peft.inject_adapter_in_model(config, model)
+        yield
+    finally:
+        for name in here:
+            del sys.modules[name]
 
 
 # ---------------------------------------------------------------- weights
