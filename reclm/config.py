@@ -221,7 +221,7 @@ class TrainConfig:
     """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
     """checkpoint whose weights a new run starts from, where name and shape agree [default: random weights]"""
-    init_match: Literal["id", "title", "none"] = setting("id", "free", {"init_from": AnyBut([None])})
+    init_match: Literal["id", "title", "none"] = setting("id", "free")
     """how items of --init_from are found in these data: by id; by title and year, or none, where these data
     have other users and ids"""
     compile: bool = setting(False, "free")
@@ -366,10 +366,11 @@ def build_config(values: dict) -> Config:
 
 
 def check_adaptation(cfg: Config) -> None:
-    """Raises UserError where there is nothing to adapt."""
-    for name, off in (("adapter", "none"), ("train_only", "all")):
-        if (value := getattr(cfg.adapt, name)) != off and not cfg.train.init_from:
-            raise UserError(f"--{name}={value} needs --init_from=BASE.pth, the model to adapt")
+    """Raises UserError where there is nothing to adapt, or no adapter can do it."""
+    flat = cfg.flat()
+    for name in ("adapter", "train_only", "init_match"):
+        if flat[name] != FIELDS[name].default and not cfg.train.init_from:
+            raise UserError(f"--{name}={flat[name]} needs --init_from=BASE.pth, the model to start from")
     if cfg.adapt.adapter != "none" and cfg.model.user_embedding == "explicit":
         raise UserError("--user_embedding=explicit has a vector per user, which no adapter holds: drop one")
 

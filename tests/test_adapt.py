@@ -306,7 +306,7 @@ REFUSED = {
     "rank without": ([*START, "--adapter_rank=4"], "--adapter_rank=4 has no effect with --adapter=none"),
     "targets without": ([*START, "--adapter_targets=wq"], "--adapter_targets=wq has no effect"),
     "part and adapter": ([*START, "--adapter=lora", "--train_only=table"], "table has no effect"),
-    "match without": (["--dataset=tiny.csv", "--init_match=title"], "--init_match=title has no effect"),
+    "match without": (["--dataset=tiny.csv", "--init_match=title"], "--init_match=title needs --init_from"),
     "vectors of users": ([*START, "--adapter=lora", "--user_embedding=explicit"], "no adapter holds"),
     "new table": ([*START, "--adapter=lora", "--adapter_targets=table", "--init_match=none"], "table is new"),
 }  # fmt: skip

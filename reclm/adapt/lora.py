@@ -50,25 +50,25 @@ NAMES = (  # in the state of an adapted model -> in a file
 
 
 class TableUpdate(nn.Module):
-    """The item table (V, D) with trained vectors of new items, and with a `rank` also + (alpha / r) B A. Of
+    """The item table (V, D) with trained vectors of new items, and unless `r` is 0 + (alpha / r) B A. Made of
     modules, so that the optimizer decays their weights as those of layers and tables."""
 
-    def __init__(self, table: Tensor, new_items: Tensor, rank: int):
+    def __init__(self, table: Tensor, new_items: Tensor, r: int):
         super().__init__()
-        (size, width), self.rank, self.has_rows = table.shape, rank, bool(len(new_items))
+        (size, width), self.r, self.has_rows = table.shape, r, bool(len(new_items))
         if self.has_rows:
             self.register_buffer("places", new_items.to(table.device))
             self.rows = nn.Embedding.from_pretrained(table[self.places].clone(), freeze=False)
-        if rank:
-            self.lora_A = nn.Linear(width, rank, bias=False, device=table.device)
-            self.lora_B = nn.Embedding(size, rank, device=table.device)
+        if r:
+            self.lora_A = nn.Linear(width, r, bias=False, device=table.device)
+            self.lora_B = nn.Embedding(size, r, device=table.device)
             nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, table: Tensor) -> Tensor:
         """(V, D) -> (V, D)"""
         if self.has_rows:
             table = table.index_copy(0, self.places, self.rows.weight)
-        return table + ALPHA / self.rank * self.lora_B.weight @ self.lora_A.weight if self.rank else table
+        return table + ALPHA / self.r * self.lora_B.weight @ self.lora_A.weight if self.r else table
 
 
 # ---------------------------------------------------------------- train
@@ -82,9 +82,9 @@ def adapt(model: nn.Module, cfg: Config, base: Base | None) -> Base | None:
     if base is None or (settings.adapter == "none" and settings.train_only == "all"):
         return None
     torch.manual_seed(cfg.train.seed)  # the same first A in every process
-    rank, of_table, layers = 0, False, []
+    of_table = False
     if settings.adapter != "none":
-        rank, (of_table, layers) = settings.adapter_rank, find_targets(model, cfg)
+        of_table, layers = find_targets(model, cfg)
         if of_table and ITEMS in base.fresh:
             raise UserError("--adapter_targets=table has no effect: the whole table is new and trained")
         inject(model, cfg, layers)
@@ -95,7 +95,7 @@ def adapt(model: nn.Module, cfg: Config, base: Base | None) -> Base | None:
         added = plain.rpartition(".")[2] in PARTS
         weight.requires_grad_(added or plain in base.fresh or plain.startswith(kept))
     if not table.weight.requires_grad and (of_table or len(base.new_items)):
-        update = TableUpdate(table.weight.detach(), base.new_items, rank * of_table)
+        update = TableUpdate(table.weight.detach(), base.new_items, of_table * settings.adapter_rank)
         parametrize.register_parametrization(table, "weight", update)
     return base
 
@@ -127,8 +127,8 @@ def inject(model: nn.Module, cfg: Config, layers: list[str]) -> None:
         except ImportError as error:
             raise UserError(f"--adapter needs peft ({first_line(error)}): {INSTALL}") from None
         if layers:
-            rank, dora = cfg.adapt.adapter_rank, cfg.adapt.adapter == "dora"
-            config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=layers, use_dora=dora)
+            r, dora = cfg.adapt.adapter_rank, cfg.adapt.adapter == "dora"
+            config = peft.LoraConfig(r=r, lora_alpha=ALPHA, target_modules=layers, use_dora=dora)
             peft.inject_adapter_in_model(config, model)
 
 
@@ -282,11 +282,11 @@ def check_fits(adapter: Adapter, path: Path, state: dict, base: Path) -> None:
         )
     for name, tensor in adapter.weights.items():
         layer, _, part = name.rpartition(".")
-        weight, rank = state["model"].get(f"{layer}.weight"), adapter.rank
+        weight, r = state["model"].get(f"{layer}.weight"), adapter.rank
         rows, columns = weight.shape if weight is not None and weight.dim() == 2 else (0, 0)
-        shapes = {"lora_A": (rank, columns), "lora_B": (rows, rank), "magnitude": (rows,)}
+        shapes = {"lora_A": (r, columns), "lora_B": (rows, r), "magnitude": (rows,)}
         other = {"lora_A": "lora_B"}.get(part, "lora_A")
-        good = rank and rows and tensor.shape == shapes.get(part) and tensor.is_floating_point()
+        good = r and rows and tensor.shape == shapes.get(part) and tensor.is_floating_point()
         if not good or f"{layer}.{other}" not in adapter.weights:
             raise UserError(f"{path} is damaged: {name:.80} does not fit {base}; choose another")
 

@@ -24,9 +24,9 @@ class Chosen(threading.local):
 def stack(adapters: list[Adapter], layer: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A (N + 1, r, in), alpha / r B (N + 1, out, r) and, of DoRA, m / |W + alpha / r B A| (N + 1, out) of a
     layer with the weight (out, in); zeros and ones where an adapter does not update it."""
-    rank = max(adapter.rank for adapter in adapters)
-    a = weight.new_zeros(len(adapters) + 1, rank, weight.shape[1])
-    b = weight.new_zeros(len(adapters) + 1, weight.shape[0], rank)
+    r = max(adapter.rank for adapter in adapters)
+    a = weight.new_zeros(len(adapters) + 1, r, weight.shape[1])
+    b = weight.new_zeros(len(adapters) + 1, weight.shape[0], r)
     gain = weight.new_ones(len(adapters) + 1, weight.shape[0])
     for i, adapter in enumerate(adapters, 1):
         if f"{layer}.lora_A" in adapter.weights:
