@@ -49,8 +49,8 @@ NEW_USERS = 5  # one in so many is a user of the markets
 ADAPTER = ("--adapter=lora", "--adapter_rank=4")
 ROWS = {  # name: flags
     "zero-shot": [],
-    "scratch": [],
     "full": [],
+    "scratch": [],
     "blocks": ["--train_only=blocks"],
     "table": ["--train_only=table"],
     "lora-1": ["--adapter=lora", "--adapter_rank=1"],
@@ -182,11 +182,12 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def steps_to(folder: Path, zero: float, steps: int) -> int:
-    """Of all `steps` of a run, those to the first epoch with 95 % of its gain on validation over `zero`"""
+    """Of all `steps` of a run, those to the first epoch with 95 % of its gain on validation over `zero`; 0
+    without a gain"""
     values = [row["valid/NDCG@10"] for row in read_lines(folder / "metrics.jsonl")]
     wanted = zero + 0.95 * (max(values) - zero)
-    first = next(epoch for epoch, value in enumerate(values) if value >= wanted)
-    return round((first + 1) * steps / len(values))
+    first = next((epoch for epoch, value in enumerate(values, 1) if value >= wanted > zero), 0)
+    return round(first * steps / len(values))
 
 
 # ---------------------------------------------------------------- rows
@@ -231,13 +232,16 @@ class Bench:
         line = {
             "run": f"adapt/{self.name}/{row}",
             "seed": seed,
-            "commands": self.commands(flags),
+            "commands": self.commands(row, flags),
             **{name: report.stamp()[name] for name in ("commit", "machine")},
             "date": time.strftime("%Y-%m-%d"),
             "valid": evaluate(model, dataset, "valid", cfg.eval),
             "test": evaluate(model, dataset, "test", cfg.eval),
-            "paired": {other: self.paired(other, seed, of_users) for other in ("zero-shot", "full")},
         }
+        zero, full = (self.of_users(other, seed) for other in ("zero-shot", "full"))
+        if full is not None:
+            line["kept"] = (of_users - zero).mean() / (full - zero).mean()  # share of the gain
+            line["to_full"] = paired(of_users, full)
         if row != "scratch":
             line["source"] = {"NDCG@10": on_source(self.base, model, dataset, self.experiment.match)}
         if folder:
@@ -259,16 +263,14 @@ class Bench:
             scores[rate] = train(flags, self.folder(row, rate, 0))["valid"]["NDCG@10"]
         return max(scores, key=scores.get)
 
-    def paired(self, other: str, seed: int, of_users: np.ndarray) -> dict[str, float] | None:
-        """Mean difference of the users' NDCG@10 to another row, and its standard error; None without it"""
-        path = self.work / f"{other}-{seed}.npy"
-        if not path.is_file():
-            return None
-        difference = of_users - np.load(path)
-        return {"mean": difference.mean(), "se": difference.std(ddof=1) / math.sqrt(len(difference))}
+    def of_users(self, row: str, seed: int) -> np.ndarray | None:
+        path = self.work / f"{row}-{seed}.npy"
+        return np.load(path) if path.is_file() else None
 
-    def commands(self, flags: list[str]) -> list[str]:
+    def commands(self, row: str, flags: list[str]) -> list[str]:
         """As scripts/results.py --check runs them"""
+        if row == "zero-shot":  # a start without a run
+            return [f"python scripts/bench/adapt.py --work=$OUT --only={self.name} --rows={row} --seeds=1"]
         lines = ["python scripts/bench/adapt.py --markets=$OUT/markets"] * (self.name in GENRES)
         lines += [f"python main.py {' '.join(self.base_flags)} --out_dir=$OUT/base"]
         lines += [f"python main.py {' '.join(flags)} --out_dir=$OUT/run"]
@@ -276,6 +278,12 @@ class Bench:
         for here, there in moved.items():
             lines = [line.replace(here, there) for line in lines]
         return lines
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Mean difference of the users' NDCG@10, and its standard error"""
+    difference = ours - theirs
+    return {"mean": difference.mean(), "se": difference.std(ddof=1) / math.sqrt(len(difference))}
 
 
 def read_lines(path: Path) -> list[dict]:
