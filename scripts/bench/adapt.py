@@ -1,7 +1,7 @@
 """Adapt a trained model to other data in ten ways, and compare: quality, size, steps, what is forgotten.
 
     pip install -r requirements-adapt.txt
-    python scripts/bench/adapt.py --work=adapt                # all; about three hours on one core
+    python scripts/bench/adapt.py --work=adapt                # all; two to three hours on one core
     python scripts/bench/adapt.py --work=adapt --only=films --seeds=1
     python scripts/bench/adapt.py --markets=FOLDER            # only write the files of the markets
 
@@ -154,22 +154,22 @@ def opened(flags: list[str], path: Path | None = None) -> tuple[Config, Dataset,
     return cfg, dataset, program.Run(cfg, dataset, program.build_model(cfg, dataset)).model
 
 
-def on_source(base: Path, adapted: nn.Module, dataset: Dataset, match: str) -> float:
+def on_source(base: Path, adapted: nn.Module, place: np.ndarray) -> float:
     """Test NDCG@10 on the data of the base with the weights that it shares with an adapted model, those of
-    items included, replaced by those of the latter."""
+    items included, replaced by those of the latter; `place` is that of init_from.find_items."""
     cfg, source, model = program.open_checkpoint({}, base)
     weights, theirs = model.state_dict(), adapted.state_dict()
     table = weights[init_from.ITEMS].clone()
     shared = {name: theirs[name] for name in weights if theirs[name].shape == weights[name].shape}
-    place = init_from.find_items(base, load_checkpoint(base), dataset, match)
     there = torch.from_numpy(place >= 0)
     table[1:][torch.from_numpy(place)[there]] = theirs[init_from.ITEMS][1:][there]
     model.load_state_dict(weights | shared | {init_from.ITEMS: table})
     return evaluate(model, source, "test", cfg.eval)["NDCG@10"]
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Of a run: trained parameters, bytes that a market needs on disk, bytes of the optimizer"""
+def sizes(folder: Path, new: int) -> dict[str, int]:
+    """Of a run: trained parameters, bytes that its data need on disk next to the base, those of them that the
+    vectors of `new` items take whatever is trained, bytes of the optimizer"""
     state = load_checkpoint(folder / "last.pth")
     moments = [values["exp_avg"].numel() for values in state["optimizer"]["state"].values()]
     tensors = [x for values in state["optimizer"]["state"].values() for x in values.values()]
@@ -177,6 +177,7 @@ def sizes(folder: Path) -> dict[str, int]:
     return {
         "trained": sum(moments),
         "file": file.stat().st_size if file.is_file() else 4 * sum(moments),
+        "new": 4 * new * state["config"]["dim"],
         "optimizer": sum(x.numel() * x.element_size() for x in tensors),
     }
 
@@ -242,13 +243,18 @@ class Bench:
         if full is not None:
             line["kept"] = (of_users - zero).mean() / (full - zero).mean()  # share of the gain
             line["to_full"] = paired(of_users, full)
+        match = self.experiment.match
+        place = init_from.find_items(self.base, load_checkpoint(self.base), dataset, match)
         if row != "scratch":
-            line["source"] = {"NDCG@10": on_source(self.base, model, dataset, self.experiment.match)}
+            line["source"] = {"NDCG@10": on_source(self.base, model, place)}
         if folder:
             steps = load_checkpoint(folder / "last.pth")["progress"]["epoch"]
             steps *= len(program.TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train))
             zero = self.found("zero-shot", seed)["valid"]["NDCG@10"]
-            line |= {"minutes": round(result["seconds"] / 60, 2), "bytes": sizes(folder)}
+            line |= {
+                "minutes": round(result["seconds"] / 60, 2),
+                "bytes": sizes(folder, int((place < 0).sum())),
+            }
             line["steps"] = steps_to(folder, zero, steps)
         return line
 
