@@ -379,7 +379,7 @@ def test_films_are_found_by_title(other, name):
     if "--adapter=lora" in flags:
         adapter = lora.read_adapter(other / name / lora.FILE)
         assert torch.equal(adapter.weights["item_embedding.rows"], rows)
-        with pytest.raises(UserError, match=r"other items than .*best\.pth of its run"):
+        with pytest.raises(UserError, match=r"other items, .*best\.pth of its run"):
             lora.with_adapter(base, Path("base.pth"), other / name / lora.FILE)
         here("--eval_only", f"--ckpt_name={name}/best.pth", cwd=other).ok()
 
@@ -392,6 +392,17 @@ def test_other_items_keep_the_blocks_alone(other):
     weights = lora.read_adapter(other / "none" / lora.FILE).weights
     assert torch.equal(weights["item_embedding.weight"], state["model"]["item_embedding.weight"])
     assert torch.equal(state["trained"]["norm.weight"], base["model"]["norm.weight"])
+
+
+def test_weights_that_the_base_lacks_are_part_of_the_adapter(work):
+    """As those of another input: the file is of no use without them, and the base has no place for them."""
+    train(work, "more", *START, "--adapter=lora", "--position_embedding=true", "--num_epochs=1")
+    base, state = states(work, "more")
+    name = "inputs.position_embedding.embedding.weight"
+    weights = lora.read_adapter(work / "more" / lora.FILE).weights
+    assert torch.equal(weights[name], state["model"][name]) and weights[name].any()
+    with pytest.raises(UserError, match=rf"base\.pth lacks \({name}\).* use best\.pth of its run"):
+        lora.with_adapter(base, Path("base.pth"), work / "more" / lora.FILE)
 
 
 def test_what_cannot_be_matched_is_refused(other):

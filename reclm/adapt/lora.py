@@ -275,11 +275,12 @@ def check_fits(adapter: Adapter, path: Path, state: dict, base: Path) -> None:
             f"{path} adapts {adapter.base_name} (weights {adapter.base}), not {base} (weights {found}): give "
             "the checkpoint that it was trained from"
         )
-    if hash_items(state["items"]) != adapter.items:
-        raise UserError(
-            f"{path} was trained on other items than {base}, so it cannot be put on it: use best.pth of its "
-            "run"
+    lacking = [name for name in adapter.weights if name.rpartition(".")[2] not in PARTS]
+    if hash_items(state["items"]) != adapter.items or lacking:
+        what = (
+            f"has weights that {base} lacks ({lacking[0]:.60})" if lacking else "was trained on other items"
         )
+        raise UserError(f"{path} {what}, so it cannot be put on {base}: use best.pth of its run")
     for name, tensor in adapter.weights.items():
         layer, _, part = name.rpartition(".")
         weight, r = state["model"].get(f"{layer}.weight"), adapter.rank
