@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
+from reclm.adapt import lora
 from reclm.adapt.qat import train_for
 from reclm.adapt.quantize import num_bytes, quantize_model
 from reclm.config import Config, build_config
@@ -117,20 +118,6 @@ def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
     return model.to(dist.pick_device(cfg.run.device))
 
 
-@dataclass
-class Progress:
-    """How far a run has come. Saved in every checkpoint."""
-
-    epoch: int = 0  # the next epoch to run
-    step: int = 0  # the next optimizer step in it
-    loss_sum: float = 0.0  # over all targets of this epoch so far
-    num_targets: int = 0  # of this epoch so far
-    seconds: float = 0.0  # of wall-clock time, over all launches of this run
-    best_score: float = -math.inf  # best validation score so far (metrics.CHOOSE_BY)
-    best_epoch: int = -1
-    bad_epochs: int = 0  # epochs without improvement, for --patience
-
-
 class Run:
     """The objects that one training run shares between the functions below."""
 
@@ -144,33 +131,34 @@ class Run:
     ):
         """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
 
-        The order matters: adapt the model and load the weights before copying it for the average, then
-        compile and wrap it, and build the optimizer last, because a wrapper may replace parameters."""
+        The order matters: load the weights, adapt the model, copy it for the average, compile and wrap it,
+        and build the optimizer last, because a wrapper may replace parameters."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
-        self.device = next(model.parameters()).device
+        self.device, base = next(model.parameters()).device, None
         train_for(model, cfg.train.qat)
         if state:
             checkpoint.restore_model(model, state, path, dataset)
+            base = lora.read_base(state, model, path)
         elif cfg.train.init_from:
-            init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+            base = init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
         elif cfg.model.item_table == "pq":
             codes = dist.on_main(lambda: assign_codes(dataset, cfg.model, cfg.train.seed))
             model.item_embedding.codes.copy_(codes)
+        self.base = lora.adapt(model, cfg, base)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
-        if state and cfg.train.ema:
-            trained = state.get("trained", state["model"])
-            checkpoint.restore_model(model, state | {"model": trained}, path, dataset)
+        if state:
+            checkpoint.restore_training(model, self.averaged, state, path)
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
         # DDP would hold all gradients, which the optimizers IN_BACKWARD avoid.
         self.parallel = model if cfg.train.optimizer in IN_BACKWARD else dist.data_parallel(model)
         self.optimizer = optim.build_optimizer(model, cfg.train)
-        self.progress, self.history = Progress(), []
+        self.progress, self.history = checkpoint.Progress(), []
         if state:
             self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
-            self.progress, self.history = Progress(**state["progress"]), state["history"]
+            self.progress, self.history = checkpoint.Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:
         """Start writing into out_dir. Called last, when bad input has been refused."""
@@ -186,16 +174,21 @@ class Run:
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
-            "model": self.averaged.state_dict(),
+            "model": lora.plain_weights(self.averaged, self.base),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
             "history": self.history,
             "config": self.cfg.flat(),
         }
-        if self.cfg.train.ema:
+        if self.cfg.train.ema or self.base:
             state["trained"] = self.model.state_dict()
+        if self.base:
+            state |= {"averaged": self.averaged.state_dict(), "base": asdict(self.base)}
 
         def write() -> None:
+            if "best.pth" in names and self.cfg.adapt.adapter != "none":
+                file = self.out_dir / lora.FILE
+                lora.write_adapter(file, self.averaged, self.base, self.cfg, self.dataset.items)
             whole = state | checkpoint.about_data(self.dataset)
             checkpoint.save_checkpoint(whole, self.out_dir, list(names))
 
@@ -376,14 +369,15 @@ def report_test(run: Run) -> None:
     """Test the weights of the best validation epoch, write result.json and print the metrics."""
     # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
-    checkpoint.restore_model(run.model, checkpoint.load_checkpoint(path), path, run.dataset)
+    model = build_model(run.cfg, run.dataset) if run.base else run.model  # checkpoints hold merged weights
+    checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
     best = run.progress.best_epoch
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),
         "best_epoch": best,
         "quantize": run.cfg.train.qat,  # of the model that is measured here
-        "valid": evaluate(run.model, run.dataset, "valid", run.cfg.eval),
-        "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
+        "valid": evaluate(model, run.dataset, "valid", run.cfg.eval),
+        "test": evaluate(model, run.dataset, "test", run.cfg.eval),
     }
     write_json(run.out_dir / "result.json", result)
     title = f"TEST, best validation epoch {best}{report.describe_rounding(run.cfg.train.qat)}"

@@ -12,6 +12,7 @@ from typing import Literal
 from reclm.contradictions import refuse_contradictions
 from reclm.errors import UserError
 from reclm.settings import (
+    ADAPTED,
     CTR,
     FULL_GRADIENT,
     IMPRESSIONS,
@@ -75,7 +76,7 @@ class ModelConfig:
     such results only with models that also know it"""
     gated_residuals: bool = setting(False, "model", LLAMA)
     """multiply each residual branch of llama blocks by a trained sigmoid gate (LiGR, arXiv 2502.03417)"""
-    item_table: Literal["dense", "pq"] = setting("dense", "model")
+    item_table: Literal["dense", "pq"] = setting("dense", "model", MATCHING)
     """dense = a trained vector per item; pq = item vectors put together from shared, trained sub-vectors, for
     large catalogues (RecJPQ, arXiv 2312.06165; docs/pq.md)"""
     pq_codes: int = setting(8, "model", PQ)
@@ -237,6 +238,9 @@ class TrainConfig:
     """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
     """checkpoint whose weights a new run starts from, where name and shape agree [default: random weights]"""
+    init_match: Literal["id", "title", "none"] = setting("id", "free")
+    """how items of --init_from are found in these data: by id; by title and year, or none, where these data
+    have other users and ids"""
     compile: bool = setting(False, "free")
     """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
@@ -257,6 +261,26 @@ class TrainConfig:
         probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be less than 2**32")
+
+
+@dataclass
+class AdaptConfig:
+    """Adaptation of a trained model (docs/adapt.md)"""
+
+    adapter: Literal["none", "lora", "dora"] = setting("none", "model")
+    """freeze the weights of --init_from and train low-rank updates of them: lora (arXiv 2106.09685), or dora,
+    which also trains the length of each row (arXiv 2402.09353)"""
+    adapter_rank: int = setting(8, "model", ADAPTED)
+    """r, rank of the updates"""
+    adapter_targets: str | None = setting(None, "model", ADAPTED)
+    """what is updated, separated by commas: layers of the blocks such as wq,wv, and table for the item table
+    [default: all layers of the blocks whose names start with w]"""
+    train_only: Literal["all", "blocks", "table"] = setting("all", "trajectory", {"adapter": ("none",)})
+    """of the weights of --init_from train only those of the blocks, or only the item table; weights that it
+    lacks are always trained"""
+
+    def __post_init__(self):
+        positive(self, "adapter_rank")
 
 
 @dataclass
@@ -302,6 +326,7 @@ class Config:
     data: DataConfig
     loss: LossConfig
     train: TrainConfig
+    adapt: AdaptConfig
     eval: EvalConfig
     run: RunConfig
 

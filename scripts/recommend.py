@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     which = parser.add_argument_group("with which model")
     add_model_flags(which)
     add_quantize(which)
+    which.add_argument("--adapter", type=Path, help="adapter.safetensors of this checkpoint")
     parser.add_argument("--out", type=Path, help="file to write, .parquet or .csv")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()

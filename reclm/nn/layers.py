@@ -26,8 +26,8 @@ class ResidualLinear(nn.Linear):
     """nn.Linear that writes into the residual stream: the more blocks, the smaller its initial weights."""
 
 
-# An item table: (V, D), or a module that stands for one and has `forward` to look rows up and `scores` of all
-# items (see `rows` and `score_items` in losses.py): PQEmbedding, or QuantizedTable of reclm/adapt/quantize.py.
+# An item table: (V, D), or a module that stands for one, with `forward` to look up rows and `scores` of all
+# items (`rows` and `score_items` in losses.py): PQEmbedding, or QuantizedTable of reclm/adapt/quantize.py.
 Table = Tensor | nn.Module
 
 

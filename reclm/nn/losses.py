@@ -127,7 +127,8 @@ class ChunkedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table, targets, seen_items, owner, cold_items) -> Tensor:
         total = hidden.new_zeros(())
-        grad_hidden, grad_table = torch.empty_like(hidden), torch.zeros_like(table)
+        grad_hidden = torch.empty_like(hidden)
+        grad_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None  # None: a frozen table
         size = max(CHUNK_POSITIONS, CHUNK_SCORES[hidden.device.type] // len(table))
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
@@ -137,16 +138,19 @@ class ChunkedSoftmax(torch.autograd.Function):
             total += loss
             # d loss / d scores = softmax - one-hot: the first term here, the second after the loop.
             grad_hidden[part] = weights @ table / mass
-            grad_table.addmm_(weights.T, h / mass)
+            if grad_table is not None:
+                grad_table.addmm_(weights.T, h / mass)
         grad_hidden -= F.embedding(targets, table)
-        grad_table.index_add_(0, targets, hidden, alpha=-1)
+        if grad_table is not None:
+            grad_table.index_add_(0, targets, hidden, alpha=-1)
         ctx.save_for_backward(grad_hidden, grad_table)
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple:
         grad_hidden, grad_table = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_table.mul_(grad_total), None, None, None, None
+        grad_table = None if grad_table is None else grad_table.mul_(grad_total)
+        return grad_hidden * grad_total, grad_table, None, None, None, None
 
 
 LOSSES = {"bce": bce, "gbce": gbce, "sampled_softmax": sampled_softmax, "softmax": softmax}

@@ -1,5 +1,6 @@
 """A checkpoint of main.py as the engine of a Recommender, with torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from model import SequenceRecommender
+from reclm.adapt.lora import check_fits, read_adapter, with_adapter
+from reclm.adapt.many import ManyAdapters
 from reclm.adapt.quantize import quantize_model
 from reclm.config import Config, build_config
 from reclm.data.histories import FILE
@@ -25,13 +28,33 @@ from reclm.serve.pq import PQTable
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
 
-def open_checkpoint(path: Path, device: str = "cpu", quantize: str = "none") -> Opened:
+def open_checkpoint(
+    path: Path, device: str = "cpu", quantize: str = "none", merged: Path | None = None
+) -> Opened:
     """What Recommender is made of, from a checkpoint file alone; the users are in histories.npz next to it.
-    `quantize` is as --quantize. Raises UserError for a file that is missing, damaged, or older than what
-    inference needs."""
+    An adapter file `merged` becomes part of the weights; `quantize` is as --quantize. Raises UserError for a
+    file that is missing, damaged, or older than what inference needs."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or give the path of a .pth file")
-    return *open_state(load_checkpoint(path), path, device, quantize), path.parent / FILE
+    state = load_checkpoint(path)
+    if merged is not None:
+        state = with_adapter(state, path, merged)
+    return *open_state(state, path, device, quantize), path.parent / FILE
+
+
+def put_adapters(engine: "TorchEngine", path: Path, files: Sequence[Path]) -> list[str]:
+    """Put adapters on the model of the checkpoint at `path`, to be chosen per person. Returns their names.
+    Raises UserError for a file that is missing, damaged or of another base, and for two of one name."""
+    state, adapters = load_checkpoint(path), {}
+    for file in files:
+        adapter = read_adapter(file)
+        check_fits(adapter, file, state, path)
+        if adapter.name in adapters:
+            raise UserError(f"two adapters are called {adapter.name}: rename the file or folder of {file}")
+        adapters[adapter.name] = adapter
+    has_content = bool(state["vocabulary"]["features"])
+    engine.many = ManyAdapters(engine.model, list(adapters.values()), has_content)
+    return list(adapters)
 
 
 def open_state(
@@ -111,7 +134,9 @@ class SmallTable:
 
 
 class TorchEngine:
-    """See recommender.Engine."""
+    """See reclm/serve/engine.py."""
+
+    many: ManyAdapters | None = None  # among which persons choose
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
@@ -129,7 +154,21 @@ class TorchEngine:
         self.table = model.item_embedding.weight.cpu().numpy()
 
     def tensors(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        """The batch for the next pass through the model, which then uses the adapters of its persons."""
+        batch = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        ids = batch.pop("adapter_ids", None)
+        if self.many is not None:
+            self.many.chosen.ids = ids
+        return batch
+
+    @torch.inference_mode()
+    def score_update(
+        self, hidden: np.ndarray, ids: np.ndarray, items: np.ndarray | slice
+    ) -> np.ndarray | float:
+        """ManyAdapters.score_update"""
+        hidden, ids = (torch.from_numpy(array).to(self.device) for array in (hidden, ids))
+        update = self.many.score_update(hidden, ids, items)
+        return update.cpu().numpy() if isinstance(update, torch.Tensor) else update
 
     @torch.inference_mode()
     def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
