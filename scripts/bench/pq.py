@@ -58,14 +58,6 @@ from reclm.serve.recommender import AT_ONCE
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "pq.json"
-TABLES = {  # of ml-1m: name -> flags
-    "dense": [],
-    "pq, m = 4": ["--item_table=pq", "--pq_codes=4"],
-    "pq, m = 8": ["--item_table=pq", "--pq_codes=8"],
-    "pq, m = 16": ["--item_table=pq", "--pq_codes=16"],
-    "pq, m = 16, k = 64": ["--item_table=pq", "--pq_codes=16", "--pq_centroids=64"],
-    "pq, m = 32": ["--item_table=pq", "--pq_codes=32"],
-}
 SIZES = [(64, 4), (64, 8), (128, 8), (256, 8), (256, 16)]  # (dim, pq_codes) of bytes and ranking
 GROUP, NEAR, LATENT = 100, 10, 8  # items of a group, groups of a user, dimensions in which they lie
 LENGTH = 30  # actions of a user, on average
@@ -79,7 +71,8 @@ RANKED = 2_000  # users of the made-up catalogue who are ranked
 def ml_1m(args: argparse.Namespace) -> dict:
     """{"rows": one per table}, training what is missing"""
     rows, dense = [], None
-    for name, flags in TABLES.items():
+    tables = {f"pq, m = {m}": ["--item_table=pq", f"--pq_codes={m}"] for m in args.codes}
+    for name, flags in ({"dense": []} | tables).items():
         folders = [train(args, name, flags, seed) for seed in range(args.seeds)]
         results = read_results(folders)
         state = torch.load(Path(folders[0]) / "best.pth", map_location="cpu", weights_only=True)["model"]
@@ -294,7 +287,8 @@ def quality(args: argparse.Namespace) -> dict:
     for name, (table, codes) in tables.items():
         rows.append({"table": name} | costs.alone(trained, table, codes, args))
         show("quality", rows[-1:])
-    return {"rows": rows, "users": args.users, "actions": len(dataset.item_ids), "items trained on": used}
+    sizes = {"items": args.items, "users": args.users, "epochs": args.epochs}
+    return {"rows": rows} | sizes | {"actions": len(dataset.item_ids), "items trained on": used}
 
 
 def trained(table: str, codes: int, args: argparse.Namespace) -> dict[str, str]:
@@ -331,13 +325,14 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--runs", type=Path, default=Path("runs/pq"), help="folder of ml-1m's runs [runs/pq]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of ml-1m [3]")
+    parser.add_argument("--codes", default="4,8,16,32", help="numbers of codes of ml-1m [4,8,16,32]")
     parser.add_argument("--processes", type=int, default=2, help="of each of these runs [2]")
     parser.add_argument("--items", type=int, default=1_000_000, help="of the made-up catalogue [1,000,000]")
     parser.add_argument("--users", type=int, default=40_000, help="who use it [40,000]")
     parser.add_argument("--epochs", type=int, default=2, help="of quality [2]")
     parser.add_argument("--out", type=Path, default=RECORD, help=f"JSON file to write [{RECORD.name}]")
     args, args.flags = parser.parse_known_args()
-    args.parts = args.parts.split(",")
+    args.parts, args.codes = args.parts.split(","), args.codes.split(",")
     if not set(args.parts) <= PARTS.keys():
         raise UserError(f"--parts must be of {', '.join(PARTS)}")
     return args
