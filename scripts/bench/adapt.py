@@ -236,9 +236,10 @@ class Bench:
             "commands": self.commands(row, flags),
             **{name: report.stamp()[name] for name in ("commit", "machine")},
             "date": time.strftime("%Y-%m-%d"),
-            "valid": evaluate(model, dataset, "valid", cfg.eval),
-            "test": evaluate(model, dataset, "test", cfg.eval),
         }
+        for split in ("valid", "test"):
+            metrics = evaluate(model, dataset, split, cfg.eval)
+            line[split] = {name: round(metrics[name], 6) for name in ("HR@10", "NDCG@10")}
         zero, full = (self.of_users(other, seed) for other in ("zero-shot", "full"))
         if full is not None:
             line["kept"] = (of_users - zero).mean() / (full - zero).mean()  # share of the gain
