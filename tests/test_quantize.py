@@ -450,23 +450,15 @@ def test_the_table_of_the_bench_is_that_of_the_evaluations(work, monkeypatch):
 
 # ---------------------------------------------------------------- refusals
 
-QAT = "--qat=int4 goes with neither --item_features nor --compile: drop one"
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--qat=int3"], "int3"),
         (["--quantize=int2"], "int2"),
         (["--quantize=int4"], "--quantize=int4 is for --eval_only=true: to train for it use --qat"),
-        (
-            ["--qat=int4", "--compile=true"],
-            QAT,
-        ),
-        (
-            ["--qat=int8", "--item_features=genres"],
-            QAT.replace("int4", "int8"),
-        ),
+        (["--qat=int4", "--compile=true"], "--qat=int4 does not go with --compile=True: leave one out"),
+        (["--qat=int8", "--item_features=genres"], "--qat=int8 does not go with --item_features=genres"),
+        (["--qat=int8", "--item_table=pq"], "--qat=int8 needs --item_table=dense"),
         (["--qat=int4", "--dim=48"], "layers.0.attention.wq reads 48: use --qat=int8"),
     ],
     ids=str,
