@@ -25,9 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import time
 from itertools import cycle, islice
 
@@ -36,6 +34,7 @@ import psutil
 import torch
 from costs import ML_1M, alone, made_up, new_run, step
 from measure import summary, table
+from trainings import ROOT, curve, test_metrics, trained
 
 from reclm.config import build_config
 from reclm.errors import UserError, run_script
@@ -44,7 +43,6 @@ from reclm.run.output import ScriptParser, write_whole
 from reclm.run.process import keep_freed_memory
 from reclm.run.report import stamp
 
-ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "configs" / "records" / "bench_optimizers.json"
 VARIANTS = {  # name: flags, the flag of the learning rate that is chosen, and its candidates
     "adamw": ({}, "lr", (6e-3, 1e-2, 2e-2)),
@@ -115,30 +113,12 @@ def cost(flags: dict, items: int, users: int, length: int) -> dict[str, float]:
 # ---------------------------------------------------------------- trainings
 
 
-def train(args: argparse.Namespace, name: str, rate: float, seed: int, *more: str) -> Path:
-    """The folder of a finished training; trains unless it is there."""
+def train(args: argparse.Namespace, name: str, rate: float, seed: int, **more) -> Path:
+    """The folder of a finished training."""
     flags, which, _ = VARIANTS[name]
-    given = flags | {which: rate, "seed": seed}
-    folder = args.runs / "-".join([name, f"{rate:g}", f"seed{seed}", *(flag.strip("-") for flag in more)])
-    if (folder / "result.json").is_file():
-        return folder
-    command = [sys.executable, "main.py", "--config=configs/speedrun.yaml", *more]
-    command += [f"--{flag}={value}" for flag, value in given.items()] + [f"--out_dir={folder}"]
-    command += [f"--data_dir={args.data_dir}"] if args.data_dir else []
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stderr.decode(errors='replace')[-2000:]}")
-    return folder
-
-
-def curve(folder: Path) -> list[tuple[float, float]]:
-    """(seconds since the start, validation NDCG@10) after each epoch of a run."""
-    points, seconds = [], 0.0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        seconds += row["train_seconds"] + row["eval_seconds"]
-        points.append((seconds, row["valid/NDCG@10"]))
-    return points
+    folder = args.runs / "-".join([name, f"{rate:g}", f"seed{seed}", *(f"{k}={v}" for k, v in more.items())])
+    given = {"config": "configs/speedrun.yaml", **flags, which: rate, "seed": seed, **more}
+    return trained(folder, given, args.data_dir)
 
 
 def rates(args: argparse.Namespace, part: str) -> dict:
@@ -147,7 +127,7 @@ def rates(args: argparse.Namespace, part: str) -> dict:
     for name in args.only:
         found[name] = {}
         for rate in VARIANTS[name][2]:
-            folder = train(args, name, rate, 0, f"--num_epochs={SHORT}")
+            folder = train(args, name, rate, 0, num_epochs=SHORT)
             found[name][f"{rate:g}"] = max(score for _, score in curve(folder))
             say(f"{name}, rate {rate:g}: {found[name][f'{rate:g}']:.4f}")
     return found
@@ -160,7 +140,7 @@ def quality(args: argparse.Namespace, part: str) -> dict:
     for name, by_rate in rates(args, part).items():
         best = max(by_rate, key=by_rate.get)
         folders = [train(args, name, float(best), seed) for seed in args.seeds]
-        tests = [json.loads((folder / "result.json").read_text())["test"] for folder in folders]
+        tests = [test_metrics(folder) for folder in folders]
         reached = [next((s for s, score in curve(folder) if score >= GOAL), None) for folder in folders]
         found[name] = {"rate": best} | {m: [test[m] for test in tests] for m in ("NDCG@10", "HR@10")}
         found[name] |= {f"seconds to {GOAL}": [round(s) for s in reached if s], "seeds": len(args.seeds)}
