@@ -166,7 +166,7 @@ def encode(rows: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Codes (..., W), scale and offset (..., 1) -> values (..., W), float32"""
-    return torch.addcmul(offset.float(), codes.float(), scale.float())
+    return codes.float().mul_(scale).add_(offset)
 
 
 def clip(rows: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
