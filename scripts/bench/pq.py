@@ -87,7 +87,7 @@ def ml_1m(args: argparse.Namespace) -> dict:
                 "test NDCG@10": spread(found),
                 "of dense": f"{np.mean(found) / dense[1]:.1%}",
                 "test HR@10": spread([result["test"]["HR@10"] for result in results]),
-                "minutes per seed": f"{np.mean([result['seconds'] for result in results]) / 60:.1f}",
+                "s per epoch": f"{np.median([seconds for run in folders for seconds in epochs_of(run)]):.0f}",
             }
         )
     return {"seeds": args.seeds, "flags": " ".join(args.flags) or "none", "rows": rows}
@@ -105,6 +105,12 @@ def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> s
         if ran.returncode:
             raise UserError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
     return str(folder)
+
+
+def epochs_of(folder: str) -> list[float]:
+    """Training seconds per epoch"""
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_seconds"] for line in lines]
 
 
 def size_of(state: dict[str, torch.Tensor]) -> int:
