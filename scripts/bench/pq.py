@@ -45,7 +45,7 @@ from model import SequenceRecommender
 from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import UserError, run_script
-from reclm.nn.pq import assign_codes
+from reclm.nn.pq import assign_codes, choose_centroids
 from reclm.run.optim import learning_rate
 from reclm.run.output import ScriptParser, write_whole
 from reclm.run.process import keep_freed_memory
@@ -178,7 +178,7 @@ def random_model(table: str, items: int, dim: int, codes: int) -> SequenceRecomm
     cfg = settings(table, dim, codes)
     model = SequenceRecommender(cfg.model, cfg.loss, Vocabulary(items, 1)).eval().requires_grad_(False)
     if table == "pq":
-        model.item_embedding.codes.random_(0, 256)
+        model.item_embedding.codes.random_(0, model.item_embedding.num_centroids)
     return model
 
 
@@ -262,7 +262,8 @@ def peak_of_steps(table: str, items: int) -> float:
     torch.set_num_threads(1)
     keep_freed_memory()
     dataset = made_up(items, 1_000)
-    costs.program.assign_codes = lambda *_: torch.randint(0, 256, (items + 1, 4), dtype=torch.uint8)
+    most = choose_centroids(ONE, items)
+    costs.program.assign_codes = lambda *_: torch.randint(0, most, (items + 1, 4), dtype=torch.uint8)
     before = measure.own_peak()
     run = costs.new_run(settings(table), dataset)
     batches = run.batches.epoch(0)
