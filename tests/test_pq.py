@@ -248,7 +248,7 @@ def test_fewer_sub_vectors_for_fewer_items():
 # ---------------------------------------------------------------- runs
 
 FLAGS = [flag for flag in TINY if "negatives" not in flag]
-FLAGS += ["--item_table=pq", "--pq_codes=4", "--pq_centroids=8", "--num_epochs=3", "--loss=softmax"]
+FLAGS += ["--item_table=pq", "--pq_codes=4", "--pq_centroids=8", "--num_epochs=2", "--loss=softmax"]
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +316,16 @@ def test_it_is_exported(runs, tmp_path):
     assert [item.id for item in found[0]] == [item.id for item in found[1]]
     scores = [[item.score for item in items] for items in found]
     np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_it_is_published(runs, tmp_path):
+    pytest.importorskip("safetensors", reason="needs requirements-serve.txt")
+    from reclm.serve import hub
+
+    hub.write_model(runs / "one" / "best.pth", tmp_path)
+    ours, theirs = Recommender.load(runs / "one" / "best.pth"), Recommender.load(tmp_path)
+    history = ours.catalogue.ids[:3]
+    assert theirs.recommend(history, 9) == ours.recommend(history, 9)
 
 
 def test_it_is_no_page(runs, tmp_path):

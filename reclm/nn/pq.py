@@ -49,15 +49,18 @@ class PQEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Item ids (...) -> their vectors (..., D)"""
-        rows = F.embedding(self.codes[ids] + self.first, self.weight)  # (..., m, D / m)
-        return rows.flatten(-2) * (ids != 0)[..., None]
+        return self.concatenate(self.codes[ids]) * (ids != 0)[..., None]
+
+    def concatenate(self, codes: Tensor) -> Tensor:
+        """(..., m) -> (..., D)"""
+        return F.embedding(codes + self.first, self.weight).flatten(-2)
 
     def table(self) -> "PQEmbedding":
         return self
 
     def dense(self) -> Tensor:
         """(V, D): the vectors of all items"""
-        return self(torch.arange(len(self), device=self.codes.device))
+        return F.pad(self.concatenate(self.codes[1:]), (0, 0, 1, 0))
 
     def sub_tables(self) -> Tensor:
         """(m, k, D / m)"""

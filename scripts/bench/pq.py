@@ -45,7 +45,7 @@ from model import SequenceRecommender
 from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import UserError, run_script
-from reclm.nn.pq import assign_codes
+from reclm.nn.pq import assign_codes, choose_centroids
 from reclm.run.optim import learning_rate
 from reclm.run.output import ScriptParser, write_whole
 from reclm.run.process import keep_freed_memory
@@ -87,7 +87,7 @@ def ml_1m(args: argparse.Namespace) -> dict:
                 "test NDCG@10": spread(found),
                 "of dense": f"{np.mean(found) / dense[1]:.1%}",
                 "test HR@10": spread([result["test"]["HR@10"] for result in results]),
-                "minutes per seed": f"{np.mean([result['seconds'] for result in results]) / 60:.1f}",
+                "s per epoch": f"{np.median([seconds for run in folders for seconds in epochs_of(run)]):.0f}",
             }
         )
     return {"seeds": args.seeds, "flags": " ".join(args.flags) or "none", "rows": rows}
@@ -105,6 +105,12 @@ def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> s
         if ran.returncode:
             raise UserError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
     return str(folder)
+
+
+def epochs_of(folder: str) -> list[float]:
+    """Training seconds per epoch"""
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_seconds"] for line in lines]
 
 
 def size_of(state: dict[str, torch.Tensor]) -> int:
@@ -172,7 +178,7 @@ def random_model(table: str, items: int, dim: int, codes: int) -> SequenceRecomm
     cfg = settings(table, dim, codes)
     model = SequenceRecommender(cfg.model, cfg.loss, Vocabulary(items, 1)).eval().requires_grad_(False)
     if table == "pq":
-        model.item_embedding.codes.random_(0, 256)
+        model.item_embedding.codes.random_(0, model.item_embedding.num_centroids)
     return model
 
 
@@ -256,7 +262,8 @@ def peak_of_steps(table: str, items: int) -> float:
     torch.set_num_threads(1)
     keep_freed_memory()
     dataset = made_up(items, 1_000)
-    costs.program.assign_codes = lambda *_: torch.randint(0, 256, (items + 1, 4), dtype=torch.uint8)
+    most = choose_centroids(ONE, items)
+    costs.program.assign_codes = lambda *_: torch.randint(0, most, (items + 1, 4), dtype=torch.uint8)
     before = measure.own_peak()
     run = costs.new_run(settings(table), dataset)
     batches = run.batches.epoch(0)
