@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -33,7 +35,7 @@ from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
 from reclm.adapt import lora
-from reclm.config import Config, build_config
+from reclm.config import IN_BACKWARD, Config, build_config
 from reclm.data import histories
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
@@ -42,17 +44,16 @@ from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
-from reclm.run import checkpoint, dist, folder, init_from, report
+from reclm.run import checkpoint, dist, folder, init_from, optim, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
-from reclm.run.optim import OPTIMIZERS, build_optimizer, choose_warmup, learning_rate, update_average
+from reclm.run.optim_state import check_optimizer
 from reclm.run.output import write_whole
 from reclm.run.process import StopRequest, check_memory, memory_of_step
-from reclm.run.validate import check_optimizer
 from reclm.serve import hub
 
 # Settings whose value is a key of one of these dicts: to add a loss or a block, add an entry there.
-NAMES = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": OPTIMIZERS}
+NAMES = {"task": FORWARD, "model_name": BLOCKS, "loss": LOSSES, "optimizer": optim.OPTIMIZERS}
 
 
 def main() -> None:
@@ -157,8 +158,9 @@ class Run:
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
-        self.parallel = dist.data_parallel(model)
-        self.optimizer = build_optimizer(model, cfg.train)
+        # DDP would hold all gradients, which the optimizers IN_BACKWARD avoid.
+        self.parallel = model if cfg.train.optimizer in IN_BACKWARD else dist.data_parallel(model)
+        self.optimizer = optim.build_optimizer(model, cfg.train)
         self.progress, self.history = Progress(), []
         if state:
             self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
@@ -236,9 +238,9 @@ def describe(given: dict) -> None:
     seconds = []
     for step, micro_batches, num_targets in islice(run.batches.epoch(0), 4):
         begin = time.time()
-        with memory_of_step(0, step, micro_batches):
-            accumulate_gradients(run, micro_batches, num_targets)
-            run.optimizer.step()
+        gradients = partial(compute_gradients, run, 0, step, micro_batches, num_targets)
+        gradients()
+        optim.take_step(run.optimizer, gradients, num_targets)
         seconds.append(time.time() - begin)
     say(describe_cost(seconds, len(run.batches), cfg.train.num_epochs))
 
@@ -247,7 +249,7 @@ def fit(run: Run) -> None:
     """Train and validate epoch by epoch, then report the test result. Raises UserError on a non-finite loss
     and SystemExit after a stop signal."""
     cfg = run.cfg.train
-    cfg.warmup_steps, note = choose_warmup(cfg, cfg.num_epochs * len(run.batches))
+    cfg.warmup_steps, note = optim.choose_warmup(cfg, cfg.num_epochs * len(run.batches))
     say(report.describe_model(run.model, len(run.batches), run.batches.num_targets) + note)
     say(f"results go to {run.out_dir}")
     for epoch in range(run.progress.epoch, cfg.num_epochs):
@@ -270,23 +272,19 @@ def train_epoch(run: Run, epoch: int) -> dict:
     run.logger.start_epoch(epoch, num_steps, progress.step)
     begin, targets, speed = time.time(), 0, 0.0
     for step, micro_batches, num_targets in run.batches.epoch(epoch, progress.step):
-        checkpoint.seed_step(cfg.seed, epoch, step)
         total_step = epoch * num_steps + step
-        lr = learning_rate(total_step, cfg.num_epochs * num_steps, cfg)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        with memory_of_step(epoch, step, micro_batches):
-            loss_sum = accumulate_gradients(run, micro_batches, num_targets)
-        # Returns the norm before clipping; with a maximum of infinity it only measures.
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip_norm or math.inf)
+        optim.set_rates(run.optimizer, total_step, cfg.num_epochs * num_steps, cfg)
+        gradients = partial(compute_gradients, run, epoch, step, micro_batches, num_targets)
+        loss_sum = gradients()
+        norm = optim.clip_gradients(run.optimizer, run.model, cfg.clip_norm)
         # A signal may reach one process only, but all must stop at the same step, or the others would wait
         # forever in the next all-reduce. So the stop request is summed together with the loss.
         total, stopping = dist.sum_over_processes([loss_sum, float(bool(run.stop))])
         if not math.isfinite(total) or not norm.isfinite():
             refuse_non_finite(run, epoch, step, loss_sum)
-        run.optimizer.step()
+        optim.take_step(run.optimizer, gradients, num_targets)  # may compute them again
         if cfg.ema:
-            update_average(run.averaged, run.model, total_step, cfg.ema)
+            optim.update_average(run.averaged, run.model, total_step, cfg.ema)
         progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
         progress.num_targets += num_targets
         targets += num_targets
@@ -297,19 +295,31 @@ def train_epoch(run: Run, epoch: int) -> dict:
     return {
         "epoch": epoch,
         "loss": progress.loss_sum / progress.num_targets,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
         "train_seconds": time.time() - begin,
         "targets_per_second": speed,
     }
 
 
-def accumulate_gradients(run: Run, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
-    """Compute the gradients of the mean loss over the targets of ALL processes. Returns the sum of the losses
-    of this process's targets, in nats."""
+def compute_gradients(
+    run: Run, epoch: int, step: int, micro_batches: list, num_targets: int, relabel: Callable | None = None
+) -> float:
+    """`accumulate_gradients` of a step. Computed again, they have the same dropout masks."""
+    checkpoint.seed_step(run.cfg.train.seed, epoch, step)
+    with memory_of_step(epoch, step, micro_batches):
+        return accumulate_gradients(run, micro_batches, num_targets, relabel)
+
+
+def accumulate_gradients(
+    run: Run, micro_batches: list[dict[str, Tensor]], num_targets: int, relabel: Callable | None = None
+) -> float:
+    """Compute the gradients of the mean loss over the targets of ALL processes; with `relabel(model, batch)`,
+    of the batches that it returns. Returns the sum of the losses of this process's targets, in nats."""
     run.optimizer.zero_grad()  # here and not per micro-batch: each backward() below adds to the gradients
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = relabel(run.model, batch) if relabel else batch
         last = i == len(micro_batches) - 1
         # DDP all-reduces gradients in every backward pass; no_sync() postpones that to the last micro-batch.
         with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():

@@ -61,12 +61,21 @@ class Attention(nn.Module):
             out = self.attend_to_history(q, k, v, cache, ctx)
         else:
             k, v = (k, v) if cache is None else cache.add(k, v, ctx.slots)
-            # No dropout on the attention weights: LLaMA has none, and the CPU's fused kernels do not support
-            # it. Dropout acts on the embedding and on both residual branches instead.
-            out = F.scaled_dot_product_attention(
-                q, self.repeat(k), self.repeat(v), attn_mask=ctx.mask, is_causal=ctx.mask is None
-            )  # (B, H, Q, Dh)
+            out = self.attend(q, k, v, ctx.mask)  # (B, H, Q, Dh)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, Q, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (B, H, Q, Dh), k and v (B, G, K, Dh), mask (1 or B, 1, Q, K) or None for all earlier tokens ->
+        (B, H, Q, Dh)"""
+        # No dropout on the attention weights: LLaMA has none, and the CPU's fused kernels do not support it.
+        # Dropout acts on the embedding and on both residual branches instead.
+        if mask is None or self.groups == 1:
+            k, v = self.repeat(k), self.repeat(v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        # The queries of the heads that share keys become queries of one head: no key is repeated.
+        q = q.unflatten(1, (-1, self.groups)).flatten(2, 3)  # (B, G, H / G * Q, Dh)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, self.groups, 1))
+        return out.unflatten(2, (self.groups, -1)).flatten(1, 2)
 
     def attend_to_history(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, ctx: Context) -> Tensor:
         """Queries q (B, H, C, Dh) of C candidates, their own k and v (B, G, C, Dh), and the cached history ->

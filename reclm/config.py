@@ -9,10 +9,11 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+from reclm.adaptation import AdaptConfig, check_adaptation
 from reclm.errors import UserError
 from reclm.settings import (
-    ADAPTED,
     CTR,
+    FULL_GRADIENT,
     IMPRESSIONS,
     LLAMA,
     MATCHING,
@@ -24,6 +25,9 @@ from reclm.settings import (
     probability,
     setting,
 )
+
+IN_BACKWARD = ("lomo", "adalomo")
+USUAL_LR = {"adafactor": 0.2, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}  # those of the others: 3e-3
 
 
 @dataclass
@@ -200,9 +204,14 @@ class TrainConfig:
     batch_size: int = setting(32, "trajectory")
     """sequences per optimizer step, over ALL processes, so that any number of them takes the same steps"""
     optimizer: str = setting("adamw", "trajectory")
-    """adamw (reclm/run/optim.py)"""
-    lr: float = setting(3e-3, "trajectory")
-    """learning rate, before it is scaled by the warm-up and by the cosine of lr_min"""
+    """adamw, adamw8bit, adafactor, muon, sophia, lomo or adalomo (docs/optimizers.md)"""
+    lr: float | None = setting(None, "trajectory")
+    """learning rate, before it is scaled by the warm-up and by the cosine of lr_min [default: by optimizer,
+    adamw .003]"""
+    table_optimizer: Literal["same", "rowwise_adagrad"] = setting("same", "trajectory", FULL_GRADIENT)
+    """rowwise_adagrad = train the embeddings by Adagrad with one number of state per row"""
+    table_lr: float = setting(0.1, "trajectory", {"table_optimizer": ("rowwise_adagrad",)})
+    """learning rate of table_optimizer=rowwise_adagrad"""
     weight_decay: float = setting(0.01, "trajectory")
     """weight decay of all matrices but embeddings; norm gains and biases have none"""
     embedding_decay: float = setting(0.0, "trajectory")
@@ -211,8 +220,8 @@ class TrainConfig:
     """optimizer steps of linearly rising learning rate [default: 100, at most a tenth of the run's steps]"""
     lr_min: float = setting(0.1, "trajectory")
     """the learning rate falls along a cosine, over the whole run, to this fraction of lr; 1 = constant"""
-    clip_norm: float = setting(1.0, "trajectory")
-    """clip the gradient to this L2 norm; 0 = no clipping"""
+    clip_norm: float = setting(1.0, "trajectory", {"optimizer": AnyBut(["adalomo"])})
+    """clip the gradient to this L2 norm, for which lomo takes a second pass per step; 0 = no clipping"""
     grad_accum_steps: int = setting(1, "free")
     """cut each batch into this many micro-batches to save memory; an optimizer step still uses all of them"""
     patience: int = setting(0, "free")
@@ -232,7 +241,9 @@ class TrainConfig:
     """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
     def __post_init__(self):
-        positive(self, "num_epochs", "batch_size", "lr", "grad_accum_steps")
+        if self.lr is None:
+            self.lr = USUAL_LR.get(self.optimizer, 3e-3)
+        positive(self, "num_epochs", "batch_size", "lr", "table_lr", "grad_accum_steps")
         not_negative(self, "weight_decay", "embedding_decay", "clip_norm", "patience", "seed", "keep_last")
         if self.warmup_steps is not None:
             not_negative(self, "warmup_steps")
@@ -240,26 +251,6 @@ class TrainConfig:
         probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be less than 2**32")
-
-
-@dataclass
-class AdaptConfig:
-    """Adaptation of a trained model (docs/adapt.md)"""
-
-    adapter: Literal["none", "lora", "dora"] = setting("none", "model")
-    """freeze the weights of --init_from and train low-rank updates of them: lora (arXiv 2106.09685), or dora,
-    which also trains the length of each row (arXiv 2402.09353)"""
-    adapter_rank: int = setting(8, "model", ADAPTED)
-    """r, rank of the updates"""
-    adapter_targets: str | None = setting(None, "model", ADAPTED)
-    """what is updated, separated by commas: layers of the blocks such as wq,wv, and table for the item table
-    [default: all layers of the blocks whose names start with w]"""
-    train_only: Literal["all", "blocks", "table"] = setting("all", "trajectory", {"adapter": ("none",)})
-    """of the weights of --init_from train only those of the blocks, or only the item table; weights that it
-    lacks are always trained"""
-
-    def __post_init__(self):
-        positive(self, "adapter_rank")
 
 
 @dataclass
@@ -348,9 +339,10 @@ def build_config(values: dict) -> Config:
         )
     if cfg.train.init_from == "":
         raise UserError("--init_from= names no checkpoint: leave it out")
-    check_adaptation(cfg)
+    check_adaptation(flat)
     if cfg.run.from_hub and not cfg.run.eval_only:
         raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
+    check_optimizer(cfg)
     if cfg.data.cold_items and not cfg.loss.share_negatives:
         raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
     if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
@@ -365,14 +357,18 @@ def build_config(values: dict) -> Config:
     return cfg
 
 
-def check_adaptation(cfg: Config) -> None:
-    """Raises UserError where there is nothing to adapt, or no adapter can do it."""
-    flat = cfg.flat()
-    for name in ("adapter", "train_only", "init_match"):
-        if flat[name] != FIELDS[name].default and not cfg.train.init_from:
-            raise UserError(f"--{name}={flat[name]} needs --init_from=BASE.pth, the model to start from")
-    if cfg.adapt.adapter != "none" and cfg.model.user_embedding == "explicit":
-        raise UserError("--user_embedding=explicit has a vector per user, which no adapter holds: drop one")
+def check_optimizer(cfg: Config) -> None:
+    """Raise UserError where the optimizer contradicts other settings."""
+    if cfg.train.optimizer in IN_BACKWARD and cfg.train.grad_accum_steps > 1:
+        raise UserError(
+            f"--optimizer={cfg.train.optimizer} updates the weights in each backward pass: "
+            "leave out --grad_accum_steps"
+        )
+    if cfg.train.optimizer == "sophia" and (cfg.loss.loss != "softmax" or cfg.model.time_head):
+        raise UserError(
+            "--optimizer=sophia draws targets from the softmax over all items: "
+            "use --loss=softmax without --time_head, or another optimizer"
+        )
 
 
 def settle_by_settings(cfg: Config) -> None:

@@ -26,6 +26,7 @@ CTR = {"task": ("ctr",)}
 IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
 ADAPTED = {"adapter": ("lora", "dora")}
 LLAMA = {"model_name": ("llama",)}
+FULL_GRADIENT = {"optimizer": AnyBut(["sophia", "lomo", "adalomo"])}
 READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
 
 

@@ -128,6 +128,9 @@ IDLE = [  # a setting that has no effect with these others
     ({"adapter_rank": 4}, {"adapter": "none"}),
     ({"adapter_targets": "wq"}, {"adapter": "none"}),
     ({"train_only": "table"}, {"adapter": "lora"}),
+    ({"table_optimizer": "rowwise_adagrad"}, {"optimizer": "lomo"}),
+    ({"table_lr": 0.2}, {"table_optimizer": "same"}),
+    ({"clip_norm": 0.5}, {"optimizer": "adalomo"}),
 ]
 
 

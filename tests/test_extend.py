@@ -68,5 +68,5 @@ def test_all_patches_together_train(is_task, copy):
     else:
         assert (result["loss"], result["model_name"], result["dataset"]) == ("bpr", "alibi", "steam")
         config = (copy / "out" / "config.yaml").read_text()
-        assert "optimizer: adafactor" in config and "weekday_embedding: true" in config
+        assert "optimizer: nadam" in config and "weekday_embedding: true" in config
         assert result["test"]["NDCG@10"] > 0

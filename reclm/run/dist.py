@@ -161,6 +161,13 @@ def sum_over_processes(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def average_over_processes(tensor: torch.Tensor) -> None:
+    """Replace the tensor by its mean over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor.div_(num_processes())
+
+
 def gather_from_processes(value) -> list:
     """The list [value of process 0, value of process 1, ...], in every process; values must be picklable."""
     if not dist.is_initialized():

@@ -90,11 +90,13 @@ def stamp() -> dict:
 
 
 def commit() -> str:
-    """Hash of the code's git commit, with "-dirty" if tracked files differ; "unknown" outside a checkout."""
+    """Hash of the code's git commit, with "-dirty" if tracked files other than records differ; "unknown"
+    outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        tracked = ["status", "--porcelain", "-uno", "--", ":/", ":!/configs/records"]
+        changed = subprocess.run([*git, *tracked], capture_output=True, text=True)
     except OSError:
         return "unknown"
     if name.returncode:

@@ -85,38 +85,6 @@ def check_lengths(state: dict, path: Path) -> None:
     check(path, good, "item features and vocabulary disagree")
 
 
-def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, path: Path) -> dict:
-    """The state to load: the saved moments and learning rates; all else follows from the settings. Raises
-    UserError unless they fit the optimizer: the same groups of weights, tensors of their shapes. torch
-    checks the former alone, and writes into memory of other shapes."""
-    both = (optimizer.param_groups, groups_of(saved))
-    ours, theirs = ([len(group["params"]) for group in groups] for groups in both)
-    check(path, ours == theirs, "the optimizer has other groups of weights")
-    rates = [group.get("lr") for group in groups_of(saved)]
-    check(path, all(is_number(rate) for rate in rates), f"the optimizer has the learning rates {rates!r:.60}")
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = saved.get("state")
-    check(path, isinstance(state, dict), "the optimizer has no state")
-    for index, values in state.items():
-        good = isinstance(index, int) and 0 <= index < len(weights) and isinstance(values, dict)
-        check(path, good, f"the optimizer has a state of weight {index!r:.60}")
-        same = values.keys() == next(iter(state.values())).keys()
-        check(path, same, f"the optimizer has other values of weight {index} than of the others")
-        for name, value in values.items():
-            good = is_plain(value) and value.is_floating_point()
-            good = good and (value.shape == weights[index].shape or value.numel() == 1)
-            check(path, good, f"the optimizer has another type or shape of {name!r:.60}")
-    now = optimizer.state_dict()["param_groups"]
-    groups = [group | {"lr": rate} for group, rate in zip(now, rates, strict=True)]
-    return {"state": state, "param_groups": groups}
-
-
-def groups_of(saved: dict) -> list[dict]:
-    groups = saved.get("param_groups")
-    good = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
-    return groups if good and all(isinstance(group.get("params"), list) for group in groups) else []
-
-
 def is_plain(value: Any) -> bool:
     """Is this a tensor that is not sparse?"""
     return isinstance(value, Tensor) and value.layout == torch.strided

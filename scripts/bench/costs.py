@@ -47,6 +47,7 @@ from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import run_script
 from reclm.nn import hstu
 from reclm.nn.losses import softmax
+from reclm.run import optim
 from reclm.run.process import keep_freed_memory
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # about the size of MovieLens-1M
@@ -91,9 +92,10 @@ def half_run(dataset: Dataset, **given) -> program.Run:
 def step(run: program.Run, batch: tuple) -> None:
     """One optimizer step on a batch of TrainBatches."""
     _, micro_batches, num_targets = batch
-    program.accumulate_gradients(run, micro_batches, num_targets)
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
+    gradients = partial(program.compute_gradients, run, 0, 0, micro_batches, num_targets)
+    gradients()
+    optim.clip_gradients(run.optimizer, run.model, run.cfg.train.clip_norm)
+    optim.take_step(run.optimizer, gradients, num_targets)
 
 
 def phases(run: program.Run, steps: int = 24) -> dict:

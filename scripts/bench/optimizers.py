@@ -1,0 +1,180 @@
+"""Compare the optimizers: costs of a step at two sizes of the catalogue, and NDCG@10 after full trainings.
+
+    pip install -r requirements-dev.txt -r requirements-adapt.txt
+    python scripts/bench/optimizers.py --parts=small,large
+    python scripts/bench/optimizers.py --parts=rates,quality --runs=runs/optimizers --data_dir=data
+
+small    bytes of state per weight, peak MiB of training, ms per step: settings of configs/speedrun.yaml on
+         synthetic sequences of about MovieLens-1M's size
+large    the same with a million items, the default loss and T = 50
+rates    best validation NDCG@10 of configs/speedrun.yaml cut to three epochs, by learning rate, seed 0
+quality  test NDCG@10 of configs/speedrun.yaml at the best of these rates, over --seeds
+
+Steps are measured in a new process of one thread per optimizer and round, so that the peak is its own; rounds
+alternate between the optimizers. ms is the mean of 20 steps, since not all cost the same. MiB is the peak of
+resident memory, less that before the model was built: weights, gradients, state and activations. Trainings
+take one process and one thread each, about 8 minutes a seed; those that --runs holds are not repeated,
+so several machines or cores can share the work. Linux only.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from itertools import cycle, islice
+
+import measure  # before torch
+import psutil
+import torch
+from costs import ML_1M, alone, made_up, new_run, step
+from measure import summary, table
+from trainings import ROOT, curve, test_metrics, trained
+
+from reclm.config import build_config
+from reclm.errors import UserError, run_script
+from reclm.run.logger import say
+from reclm.run.output import ScriptParser, write_whole
+from reclm.run.process import keep_freed_memory
+from reclm.run.report import stamp
+
+RECORD = ROOT / "configs" / "records" / "bench_optimizers.json"
+VARIANTS = {  # name: flags, the flag of the learning rate that is chosen, and its candidates
+    "adamw": ({}, "lr", (6e-3, 1e-2, 2e-2)),
+    "adamw8bit": ({"optimizer": "adamw8bit"}, "lr", (6e-3, 1e-2, 2e-2)),
+    "adafactor": ({"optimizer": "adafactor"}, "lr", (6e-2, 2e-1, 6e-1)),
+    "rowwise_adagrad": ({"table_optimizer": "rowwise_adagrad", "lr": 1e-2}, "table_lr", (6e-2, 0.2, 0.6)),
+    "muon": ({"optimizer": "muon"}, "lr", (6e-3, 1e-2, 2e-2)),
+    "sophia": ({"optimizer": "sophia"}, "lr", (3e-4, 1e-3, 3e-3)),
+    "lomo": ({"optimizer": "lomo"}, "lr", (0.3, 1.0, 3.0)),
+    "adalomo": ({"optimizer": "adalomo"}, "lr", (6e-2, 2e-1, 6e-1)),
+}
+UNCLIPPED = {"lomo, no clipping": ({"optimizer": "lomo", "clip_norm": 0.0}, "lr", (0.3,))}
+SPEEDRUN = {"loss": "softmax", "position_embedding": True, "gated_residuals": True}
+SIZES = {  # part: (settings, items, users, length)
+    "small": (SPEEDRUN, 3_416, 1024, ML_1M["length"]),
+    "large": ({"max_len": 50}, 1_000_000, 20_000, 50),
+}
+SHORT = 3  # epochs of `rates`
+GOAL = 0.17  # NDCG@10 on validation whose time is told
+STEPS = 20
+
+
+# ---------------------------------------------------------------- steps
+
+
+def costs(args: argparse.Namespace, part: str) -> dict:
+    """{optimizer: {"bytes", "MiB", "ms": `summary`}}"""
+    settings, *data = SIZES[part]
+    rounds = {name: [] for name in args.only}
+    if part == "small":
+        rounds |= {name: [] for name in UNCLIPPED}
+    else:
+        rounds.pop("sophia", None)  # it needs the softmax over all items
+    for _ in range(args.rounds):
+        for name, rows in rounds.items():
+            flags = (VARIANTS | UNCLIPPED)[name][0]
+            rows.append(alone(cost, settings | flags, *data))
+    found = {
+        name: {column: summary([row[column] for row in rows]) for column in rows[0]}
+        for name, rows in rounds.items()
+    }
+    say(f"{part}\n\n{table({'optimizer': name} | row for name, row in found.items())}")
+    return found
+
+
+def cost(flags: dict, items: int, users: int, length: int) -> dict[str, float]:
+    """{"bytes": of state per weight, "MiB", "ms"} of training with these flags, on synthetic sequences."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dataset = made_up(users, items, length)
+    cfg = build_config(flags | {"exclude_history": False, "device": "cpu"})
+    gc.collect()
+    before = psutil.Process().memory_info().rss / 2**20
+    run = new_run(cfg, dataset)
+    batches = cycle(islice(run.batches.epoch(0), 4))
+    for _ in range(2):
+        step(run, next(batches))
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        step(run, next(batches))
+    taken = (time.perf_counter() - begin) / STEPS
+    state = run.optimizer.state_dict()["state"].values()
+    held = sum(x.numel() * x.element_size() for values in state for x in values.values() if x is not None)
+    weights = sum(weight.numel() for weight in run.model.parameters())
+    return {"bytes": held / weights, "MiB": measure.own_peak() - before, "ms": 1e3 * taken}
+
+
+# ---------------------------------------------------------------- trainings
+
+
+def train(args: argparse.Namespace, name: str, rate: float, seed: int, **more) -> Path:
+    """The folder of a finished training."""
+    flags, which, _ = VARIANTS[name]
+    folder = args.runs / "-".join([name, f"{rate:g}", f"seed{seed}", *(f"{k}={v}" for k, v in more.items())])
+    given = {"config": "configs/speedrun.yaml", **flags, which: rate, "seed": seed, **more}
+    return trained(folder, given, args.data_dir)
+
+
+def rates(args: argparse.Namespace, part: str) -> dict:
+    """{optimizer: {learning rate: best validation NDCG@10 of a short training}}"""
+    found = {}
+    for name in args.only:
+        found[name] = {}
+        for rate in VARIANTS[name][2]:
+            folder = train(args, name, rate, 0, num_epochs=SHORT)
+            found[name][f"{rate:g}"] = max(score for _, score in curve(folder))
+            say(f"{name}, rate {rate:g}: {found[name][f'{rate:g}']:.4f}")
+    return found
+
+
+def quality(args: argparse.Namespace, part: str) -> dict:
+    """{optimizer: {"rate", "NDCG@10", "HR@10", "seconds", one of each seed}} at the best rate of `rates`;
+    "seconds" to GOAL on validation are absent for seeds that do not reach it."""
+    found = {}
+    for name, by_rate in rates(args, part).items():
+        best = max(by_rate, key=by_rate.get)
+        folders = [train(args, name, float(best), seed) for seed in args.seeds]
+        tests = [test_metrics(folder) for folder in folders]
+        reached = [next((s for s, score in curve(folder) if score >= GOAL), None) for folder in folders]
+        found[name] = {"rate": best} | {m: [test[m] for test in tests] for m in ("NDCG@10", "HR@10")}
+        found[name] |= {f"seconds to {GOAL}": [round(s) for s in reached if s], "seeds": len(args.seeds)}
+        say(f"{name}, rate {best}: test NDCG@10 {statistics.mean(found[name]['NDCG@10']):.4f}")
+    return found
+
+
+PARTS = {"small": costs, "large": costs, "rates": rates, "quality": quality}
+
+
+def main() -> None:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} [all]")
+    parser.add_argument(
+        "--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="optimizers [all]"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of small and large [3]")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of quality [0 1 2]")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "optimizers", help="folder of trainings")
+    parser.add_argument("--data_dir", help="as for main.py")
+    parser.add_argument("--out", type=Path, default=RECORD, help=f"JSON file to add to [{RECORD.name}]")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if not set(parts) <= set(PARTS) or args.rounds < 1:
+        raise UserError(f"--parts must be of {', '.join(PARTS)}, and --rounds at least 1")
+    record = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for part in parts:
+        found = PARTS[part](args, part)
+        kept = record.get(part, {}).get("results", {})
+        record[part] = stamp() | {"results": kept | found}
+        text = json.dumps(record, indent=1) + "\n"
+        write_whole(args.out, lambda path, text=text: path.write_text(text))
+    say(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
