@@ -450,6 +450,7 @@ def test_the_table_of_the_bench_is_that_of_the_evaluations(work, monkeypatch):
 
 # ---------------------------------------------------------------- refusals
 
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
