@@ -1,6 +1,6 @@
 """Training for quantization (--qat): the forward pass uses the values that weights have once quantized, as
 reclm/adapt/quantize.py rounds them; the backward pass takes rounding for the identity (straight-through
-estimator, arXiv 1308.3432, section 4; of integers arXiv 1712.05877, section 3). The weights themselves stay
+estimator, arXiv 1308.3432). The weights themselves stay
 float32 and keep their names, so a checkpoint is an ordinary one, and --quantize of it gives the values that
 were trained with. Validation and test of such a run are those of the quantized model."""
 
