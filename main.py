@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 
@@ -34,8 +34,11 @@ from torch import Tensor, nn
 from data import TrainBatches, load_dataset
 from evaluate import evaluate
 from model import BLOCKS, FORWARD, SequenceRecommender
-from reclm.config import IN_BACKWARD, Config, build_config
-from reclm.data import histories
+from reclm.adapt import lora
+from reclm.adapt.qat import train_for
+from reclm.adapt.quantize import num_bytes, quantize_model
+from reclm.config import Config, build_config
+from reclm.contradictions import IN_BACKWARD
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
 from reclm.data.repeats import settle_history
@@ -43,11 +46,11 @@ from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
+from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, optim, report
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim_state import check_optimizer
-from reclm.run.output import write_whole
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.serve import hub
 
@@ -72,11 +75,13 @@ def evaluate_checkpoint(given: dict) -> None:
     out_dir, path = hub.find_model(given)
     cfg, dataset, model = open_checkpoint(given, path)
     if path.parent == out_dir:
-        keep_histories(out_dir, dataset)
+        folder.keep_histories(out_dir, dataset)
     result = report.describe_run(cfg, dataset) | {"checkpoint": str(path), "config": cfg.flat()}
+    result |= {"quantize": cfg.run.quantize, "bytes": num_bytes(model)}
     for split in ("valid", "test"):
         result[split] = evaluate(model, dataset, split, cfg.eval)
-        say(report.format_metrics(f"{split.upper()} of {path}", result[split], cfg))
+        title = f"{split.upper()} of {path}{report.describe_rounding(cfg.run.quantize, cfg.train.qat)}"
+        say(report.format_metrics(title, result[split], cfg))
     target = dist.on_main(lambda: folder.evaluation_file(out_dir, path, result))
     write_json(target, result)
     say(f"written to {target}")
@@ -90,7 +95,7 @@ def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module
     dataset = open_dataset(cfg, state)
     model = build_model(cfg, dataset)
     checkpoint.restore_model(model, state, path, dataset)
-    return cfg, dataset, model
+    return cfg, dataset, quantize_model(model, cfg.run.quantize)
 
 
 def open_dataset(cfg: Config, state: dict | None = None) -> Dataset:
@@ -113,20 +118,6 @@ def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
     return model.to(dist.pick_device(cfg.run.device))
 
 
-@dataclass
-class Progress:
-    """How far a run has come. Saved in every checkpoint."""
-
-    epoch: int = 0  # the next epoch to run
-    step: int = 0  # the next optimizer step in it
-    loss_sum: float = 0.0  # over all targets of this epoch so far
-    num_targets: int = 0  # of this epoch so far
-    seconds: float = 0.0  # of wall-clock time, over all launches of this run
-    best_score: float = -math.inf  # best validation score so far (metrics.CHOOSE_BY)
-    best_epoch: int = -1
-    bad_epochs: int = 0  # epochs without improvement, for --patience
-
-
 class Run:
     """The objects that one training run shares between the functions below."""
 
@@ -140,29 +131,34 @@ class Run:
     ):
         """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
 
-        The order matters: load the weights before copying them for the average, then compile and wrap the
-        model, and build the optimizer last, because a wrapper may replace parameters."""
+        The order matters: load the weights, adapt the model, copy it for the average, compile and wrap it,
+        and build the optimizer last, because a wrapper may replace parameters."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
-        self.device = next(model.parameters()).device
+        self.device, base = next(model.parameters()).device, None
+        train_for(model, cfg.train.qat)
         if state:
             checkpoint.restore_model(model, state, path, dataset)
+            base = lora.read_base(state, model, path)
         elif cfg.train.init_from:
-            init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+            base = init_from.start_from(model, Path(cfg.train.init_from), dataset, cfg)
+        elif cfg.model.item_table == "pq":
+            codes = dist.on_main(lambda: assign_codes(dataset, cfg.model, cfg.train.seed))
+            model.item_embedding.codes.copy_(codes)
+        self.base = lora.adapt(model, cfg, base)
         self.averaged = deepcopy(model) if cfg.train.ema else model  # the model to evaluate
-        if state and cfg.train.ema:
-            trained = state.get("trained", state["model"])
-            checkpoint.restore_model(model, state | {"model": trained}, path, dataset)
+        if state:
+            checkpoint.restore_training(model, self.averaged, state, path)
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
         # DDP would hold all gradients, which the optimizers IN_BACKWARD avoid.
         self.parallel = model if cfg.train.optimizer in IN_BACKWARD else dist.data_parallel(model)
         self.optimizer = optim.build_optimizer(model, cfg.train)
-        self.progress, self.history = Progress(), []
+        self.progress, self.history = checkpoint.Progress(), []
         if state:
             self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
-            self.progress, self.history = Progress(**state["progress"]), state["history"]
+            self.progress, self.history = checkpoint.Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:
         """Start writing into out_dir. Called last, when bad input has been refused."""
@@ -178,16 +174,21 @@ class Run:
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
-            "model": self.averaged.state_dict(),
+            "model": lora.plain_weights(self.averaged, self.base),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
             "history": self.history,
             "config": self.cfg.flat(),
         }
-        if self.cfg.train.ema:
+        if self.cfg.train.ema or self.base:
             state["trained"] = self.model.state_dict()
+        if self.base:
+            state |= {"averaged": self.averaged.state_dict(), "base": asdict(self.base)}
 
         def write() -> None:
+            if "best.pth" in names and self.cfg.adapt.adapter != "none":
+                file = self.out_dir / lora.FILE
+                lora.write_adapter(file, self.averaged, self.base, self.cfg, self.dataset.items)
             whole = state | checkpoint.about_data(self.dataset)
             checkpoint.save_checkpoint(whole, self.out_dir, list(names))
 
@@ -206,18 +207,11 @@ def train(given: dict) -> None:
     run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
     with folder.claimed(cfg, dataset.name, path) as out_dir:
         run.open(out_dir)
-        keep_histories(out_dir, dataset)
+        folder.keep_histories(out_dir, dataset)
         if state:
             say(f"resuming from {path}: epoch {run.progress.epoch}, step {run.progress.step}")
         with closing(run.logger):  # the progress bar must end before an error is printed
             fit(run)
-
-
-def keep_histories(out_dir: Path, dataset: Dataset) -> None:
-    """Write histories.npz, from which scripts/recommend.py knows the users, unless it is there."""
-    target = out_dir / histories.FILE
-    if not dataset.grown and not dist.on_main(target.exists):
-        dist.on_main(lambda: write_whole(target, lambda path: histories.write_histories(path, dataset)))
 
 
 def describe(given: dict) -> None:
@@ -375,16 +369,19 @@ def report_test(run: Run) -> None:
     """Test the weights of the best validation epoch, write result.json and print the metrics."""
     # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
-    checkpoint.restore_model(run.model, checkpoint.load_checkpoint(path), path, run.dataset)
+    model = build_model(run.cfg, run.dataset) if run.base else run.model  # checkpoints hold merged weights
+    checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
     best = run.progress.best_epoch
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),
         "best_epoch": best,
-        "valid": evaluate(run.model, run.dataset, "valid", run.cfg.eval),
-        "test": evaluate(run.model, run.dataset, "test", run.cfg.eval),
+        "quantize": run.cfg.train.qat,  # of the model that is measured here
+        "valid": evaluate(model, run.dataset, "valid", run.cfg.eval),
+        "test": evaluate(model, run.dataset, "test", run.cfg.eval),
     }
     write_json(run.out_dir / "result.json", result)
-    say(report.format_metrics(f"TEST, best validation epoch {best}", result["test"], run.cfg))
+    title = f"TEST, best validation epoch {best}{report.describe_rounding(run.cfg.train.qat)}"
+    say(report.format_metrics(title, result["test"], run.cfg))
     say(report.describe_files(run.out_dir))
 
 

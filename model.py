@@ -28,12 +28,15 @@ from reclm.nn.inputs import Inputs, ItemContent
 from reclm.nn.layers import (
     NORM_EPS,
     Dropout,
+    ItemEmbedding,
     ResidualLinear,
+    Table,
     ZeroEmbedding,
     ZeroEmbeddingBag,
     ZeroLinear,
 )
-from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives
+from reclm.nn.losses import LOSSES, NEEDS_NO_NEGATIVES, Excluded, exclude_negatives, score_items
+from reclm.nn.pq import PQEmbedding
 
 CANDIDATES_AT_ONCE = 128  # in evaluation, more are scored in chunks that share one encoded history
 
@@ -168,7 +171,10 @@ class SequenceRecommender(nn.Module):
         self.compute_loss = choose("loss", loss.loss, LOSSES)
         block = choose("model_name", cfg.model_name, BLOCKS)
         num_rows = vocabulary.num_items + 1  # V: items and padding
-        self.item_embedding = nn.Embedding(num_rows, cfg.dim, padding_idx=0)
+        if cfg.item_table == "pq":
+            self.item_embedding = PQEmbedding(num_rows, cfg)
+        else:
+            self.item_embedding = ItemEmbedding(num_rows, cfg.dim, padding_idx=0)
         self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
@@ -192,6 +198,7 @@ class SequenceRecommender(nn.Module):
         |--------------------|--------------------------------------|----------------------------------------|
         | Embedding(Bag)     | items, users, tokens, time-head gaps | normal, std 1 / sqrt(width): unit rows |
         | Linear             | wq wk wv wu w1 w3, layers of heads   | normal, std 1 / sqrt(fan in)           |
+        | PQEmbedding        | items, --item_table=pq               | normal, std 1 / sqrt(D): unit rows     |
         | ResidualLinear     | wo w2                                | the same / sqrt(2 n_layers)            |
         | ZeroLinear         | gates, content, outputs of heads     | 0, so that a gate starts at 1/2        |
         | ZeroEmbedding(Bag) | position, time, feedback, words      | 0: no effect before training           |
@@ -205,16 +212,19 @@ class SequenceRecommender(nn.Module):
                 std = weight.shape[1] ** -0.5
                 if isinstance(module, ResidualLinear):  # the sum over 2 n_layers branches stays of order 1
                     std /= (2 * self.cfg.n_layers) ** 0.5
+                if isinstance(module, PQEmbedding):  # a row of the table is m of its rows
+                    std = self.cfg.dim**-0.5
                 if isinstance(module, (ZeroLinear, ZeroEmbedding, ZeroEmbeddingBag)):
                     std = 0.0
                 nn.init.normal_(weight, std=std)
-        self.item_embedding.weight[0] = 0.0
-        self.item_embedding.weight[self.cold_items] = 0.0
+        if not isinstance(self.item_embedding, PQEmbedding):
+            self.item_embedding.weight[0] = 0.0
+            self.item_embedding.weight[self.cold_items] = 0.0
 
-    def item_table(self) -> Tensor:
+    def item_table(self) -> Table:
         """(V, D): the item factors of the MF layer, tied to the input embedding. In training, call it once
         per forward pass: with --id_dropout each call drops other ids."""
-        table = self.item_embedding.weight
+        table = self.item_embedding.table()
         return table if self.content is None else self.content(table)
 
     def forward(self, batch: dict[str, Tensor], output: str = "") -> Tensor | dict[str, Tensor]:
@@ -228,11 +238,9 @@ class SequenceRecommender(nn.Module):
             return time_errors(self.time_head, hidden, batch)
         return self.run_task(self, batch, self.item_table())
 
-    def encode(
-        self, batch: dict[str, Tensor], last_only: bool = False, table: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, batch: dict[str, Tensor], last_only: bool = False, table: Table | None = None) -> Tensor:
         """item_ids (B, T) -> float32 user embeddings after each action, (B, T, D), or with `last_only` after
-        the last one, (B, 1, D). `table` is the item table (V, D), if already computed."""
+        the last one, (B, 1, D). `table` is the item table, if already computed."""
         table = self.item_table() if table is None else table
         row, queries = self.inputs.lay_out(batch)
         last = None
@@ -245,7 +253,7 @@ class SequenceRecommender(nn.Module):
             hidden = hidden.gather(1, queries[..., None].expand(-1, -1, self.cfg.dim))  # (B, T, D)
         return self.add_user(hidden, batch)
 
-    def embed(self, row: dict[str, Tensor], table: Tensor) -> Tensor:
+    def embed(self, row: dict[str, Tensor], table: Table) -> Tensor:
         """A row of token_ids (B, S) -> the input of the first block, (B, S, D)."""
         # Item rows have length 1, so scores start at order 1; times sqrt(D), so do the blocks' inputs.
         return self.dropout(self.inputs(row, table) * self.cfg.dim**0.5)
@@ -288,7 +296,7 @@ class SequenceRecommender(nn.Module):
             hidden = hidden + self.user_embedding(batch["user_ids"])[:, None]
         return hidden
 
-    def score_candidates(self, batch: dict[str, Tensor], table: Tensor) -> Tensor:
+    def score_candidates(self, batch: dict[str, Tensor], table: Table) -> Tensor:
         """candidate_ids (B, C) -> float32 logits (B, C) of a positive action on each. A candidate attends to
         its history and itself, not to other candidates, so its logit is that of ranking it alone. The history
         is encoded once for all of them (M-FALCON, arXiv 2402.17152, section 3.4)."""
@@ -328,12 +336,12 @@ class SequenceRecommender(nn.Module):
         return negatives, exclude_negatives(negatives, targets, excluded)
 
 
-def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Tensor) -> Tensor:
+def match(model: SequenceRecommender, batch: dict[str, Tensor], table: Table) -> Tensor:
     """task=matching, next-item prediction: the loss or scores of SequenceRecommender.forward."""
     # The MF layer: as in matrix factorisation, a score is the dot product of a user and an item vector. But
     # the user vector is not looked up in a table: the blocks compute it from the history.
     if "targets" not in batch:
-        return model.encode(batch, True, table)[:, 0] @ table.T  # (B, V)
+        return score_items(model.encode(batch, True, table)[:, 0], table)  # (B, V)
     hidden = model.encode(batch, table=table)  # (B, T, D)
     valid = batch["targets"] != 0  # (B, T)
     hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)

@@ -9,13 +9,16 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+from reclm.contradictions import refuse_contradictions
 from reclm.errors import UserError
 from reclm.settings import (
+    ADAPTED,
     CTR,
     FULL_GRADIENT,
     IMPRESSIONS,
     LLAMA,
     MATCHING,
+    PQ,
     READS_TIMES,
     AnyBut,
     finite,
@@ -25,7 +28,6 @@ from reclm.settings import (
     setting,
 )
 
-IN_BACKWARD = ("lomo", "adalomo")
 USUAL_LR = {"adafactor": 0.2, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}  # those of the others: 3e-3
 
 
@@ -74,6 +76,13 @@ class ModelConfig:
     such results only with models that also know it"""
     gated_residuals: bool = setting(False, "model", LLAMA)
     """multiply each residual branch of llama blocks by a trained sigmoid gate (LiGR, arXiv 2502.03417)"""
+    item_table: Literal["dense", "pq"] = setting("dense", "model", MATCHING)
+    """dense = a trained vector per item; pq = item vectors put together from shared, trained sub-vectors, for
+    large catalogues (RecJPQ, arXiv 2312.06165; docs/pq.md)"""
+    pq_codes: int = setting(8, "model", PQ)
+    """m, sub-vectors per item with item_table=pq, one byte each; must divide dim"""
+    pq_centroids: int = setting(0, "model", PQ)
+    """k, sub-vectors to choose each of them from, at most 256; 0 = 256, fewer with less than 4,096 items"""
     dropout: float = setting(0.2, "model")
     """dropout probability, on the input embeddings and on each residual branch"""
     user_embedding: Literal["none", "explicit"] = setting("none", "model")
@@ -229,10 +238,15 @@ class TrainConfig:
     """random seed of initial weights, batches, dropout and negatives"""
     init_from: str | None = setting(None, "free")
     """checkpoint whose weights a new run starts from, where name and shape agree [default: random weights]"""
+    init_match: Literal["id", "title", "none"] = setting("id", "free")
+    """how items of --init_from are found in these data: by id; by title and year, or none, where these data
+    have other users and ids"""
     compile: bool = setting(False, "free")
     """speed up the blocks with torch.compile; compiling takes about a minute in the first steps"""
     ema: float = setting(0.0, "trajectory")
     """evaluate and save an exponential moving average of the weights with this decay per step; 0 = off"""
+    qat: Literal["none", "int8", "int4"] = setting("none", "trajectory")
+    """train for --quantize of the same value: the forward pass rounds the weights as it does"""
     keep_last: int = setting(20, "free")
     """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
@@ -247,6 +261,26 @@ class TrainConfig:
         probability(self, "ema")
         if self.seed >= 2**32:
             raise UserError(f"--seed={self.seed} must be less than 2**32")
+
+
+@dataclass
+class AdaptConfig:
+    """Adaptation of a trained model (docs/adapt.md)"""
+
+    adapter: Literal["none", "lora", "dora"] = setting("none", "model")
+    """freeze the weights of --init_from and train low-rank updates of them: lora (arXiv 2106.09685), or dora,
+    which also trains the length of each row (arXiv 2402.09353)"""
+    adapter_rank: int = setting(8, "model", ADAPTED)
+    """r, rank of the updates"""
+    adapter_targets: str | None = setting(None, "model", ADAPTED)
+    """what is updated, separated by commas: layers of the blocks such as wq,wv, and table for the item table
+    [default: all layers of the blocks whose names start with w]"""
+    train_only: Literal["all", "blocks", "table"] = setting("all", "trajectory", {"adapter": ("none",)})
+    """of the weights of --init_from train only those of the blocks, or only the item table; weights that it
+    lacks are always trained"""
+
+    def __post_init__(self):
+        positive(self, "adapter_rank")
 
 
 @dataclass
@@ -270,6 +304,8 @@ class RunConfig:
     ckpt_name: str = setting("best.pth", "free")
     """checkpoint to evaluate with --eval_only, a file name in out_dir or a path; in training, a file of this
     name that --keep_last does not delete"""
+    quantize: Literal["none", "int8", "int4"] = setting("none", "free")
+    """with --eval_only, store the item table and the weights of the blocks as integers of 8 or 4 bits"""
     from_hub: str | None = setting(None, "free")
     """model of the Hugging Face hub to evaluate with --eval_only, owner/name (docs/hub.md)"""
     out_dir: str | None = setting(None, "free")
@@ -290,6 +326,7 @@ class Config:
     data: DataConfig
     loss: LossConfig
     train: TrainConfig
+    adapt: AdaptConfig
     eval: EvalConfig
     run: RunConfig
 
@@ -328,41 +365,8 @@ def build_config(values: dict) -> Config:
             raise UserError(f"--{name}={value} is too large: it must be at most {2**32:,}")
         refuse_without_effect(name, flat)
     settle_by_settings(cfg)
-    if cfg.model.window >= cfg.model.max_len:
-        raise UserError(
-            f"--window={cfg.model.window} has no effect with --max_len={cfg.model.max_len}: leave it out"
-        )
-    if cfg.train.init_from == "":
-        raise UserError("--init_from= names no checkpoint: leave it out")
-    if cfg.run.from_hub and not cfg.run.eval_only:
-        raise UserError("--from_hub is for --eval_only=true: a model of the hub cannot be trained on")
-    check_optimizer(cfg)
-    if cfg.data.cold_items and not cfg.loss.share_negatives:
-        raise UserError("--cold_items needs --share_negatives=true, to keep cold items out of the negatives")
-    if flat["repeats"] in ("first", "last") and any(flat[name] in used for name, used in IMPRESSIONS.items()):
-        raise UserError(
-            f"--repeats={flat['repeats']} is for --task=matching without --ctr_split: leave it out"
-        )
-    if cfg.loss.exclude_history and not cfg.eval.filter_seen:
-        raise UserError(
-            "--filter_seen=false ranks the items of the history, which are no negatives in training: "
-            "train with --exclude_history=false"
-        )
+    refuse_contradictions(cfg)
     return cfg
-
-
-def check_optimizer(cfg: Config) -> None:
-    """Raise UserError where the optimizer contradicts other settings."""
-    if cfg.train.optimizer in IN_BACKWARD and cfg.train.grad_accum_steps > 1:
-        raise UserError(
-            f"--optimizer={cfg.train.optimizer} updates the weights in each backward pass: "
-            "leave out --grad_accum_steps"
-        )
-    if cfg.train.optimizer == "sophia" and (cfg.loss.loss != "softmax" or cfg.model.time_head):
-        raise UserError(
-            "--optimizer=sophia draws targets from the softmax over all items: "
-            "use --loss=softmax without --time_head, or another optimizer"
-        )
 
 
 def settle_by_settings(cfg: Config) -> None:

@@ -24,8 +24,10 @@ class AnyBut(list):
 MATCHING = {"task": ("matching",)}
 CTR = {"task": ("ctr",)}
 IMPRESSIONS = CTR | {"ctr_split": ("time", "random", "own")}
+ADAPTED = {"adapter": ("lora", "dora")}
 LLAMA = {"model_name": ("llama",)}
 FULL_GRADIENT = {"optimizer": AnyBut(["sophia", "lomo", "adalomo"])}
+PQ = {"item_table": ("pq",)}
 READS_TIMES = {"model_name": ("hstu",), "time_tokens": ("tokens", "embedding")}
 
 

@@ -1,7 +1,7 @@
 """Write a trained model as a folder that runs without torch, or as a page that runs without a server.
 
     python scripts/export.py --ckpt_name=runs/latest/best.pth --out=exported/
-    python scripts/export.py --ckpt_name=runs/latest/best.pth --out=small/ --quantize=int8
+    python scripts/export.py --ckpt_name=runs/latest/best.pth --out=small/ --quantize=int4
     python scripts/export.py --ckpt_name=runs/latest/best.pth --out=films.html --format=html
 
 `Recommender.load("exported/")` (reclm.serve) opens it like a checkpoint, with onnxruntime. The README.md in
@@ -20,13 +20,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from torch import nn
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from reclm.adapt.quantize import BITS, QuantizedRows, check_widths, group_size, unpack
 from reclm.errors import UserError, run_script
 from reclm.run.output import ScriptParser, check_out, write_whole, writing
-from reclm.run.report import commit
+from reclm.run.report import commit, describe_rounding
 from reclm.serve.catalogue import Catalogue
-from reclm.serve.choose import add_model_flags, chosen_model
+from reclm.serve.choose import add_model_flags, add_quantize, chosen_model
 from reclm.serve.exported import CONFIG, FORMAT, GRAPH, HISTORIES, ITEMS, README, Layout, missing, sha256
 from reclm.serve.hub import load_state, open_model
 from reclm.serve.person import Reads
@@ -34,7 +38,6 @@ from reclm.serve.step import check_exportable, example, most_actions, write_grap
 from reclm.serve.trained import open_checkpoint
 
 FILES = (GRAPH, ITEMS, CONFIG, README, HISTORIES)
-SMALLEST = 1024  # values of a float32 tensor that int8 makes smaller
 MEANINGS = {
     "token_ids": "int64: numbers of items.parquet, oldest first{profile}; 0 = padding, on the right only",
     "last": "int64: per row, the index of the token after which to recommend",
@@ -58,9 +61,7 @@ def main() -> None:
         "--format", choices=["onnx", "html"], default="onnx", help="a folder or a page [onnx]"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument(
-        "--quantize", choices=["none", "int8"], default="none", help="int8: a third of the bytes"
-    )
+    add_quantize(parser)
     parser.add_argument(
         "--with_users", action="store_true", help="add what each user did (histories.npz): personal data"
     )
@@ -132,11 +133,12 @@ def export(args: argparse.Namespace, work: Path) -> None:
     check_exportable(model)
     if args.with_users and (histories is None or not histories.is_file()):
         raise UserError(f"--with_users: there is no {HISTORIES} beside {path}")
-    about = {"dataset": said.dataset, "protocol": said.protocol, "trained": said.trained}
+    trained = said.trained + describe_rounding(args.quantize)
+    about = {"dataset": said.dataset, "protocol": said.protocol, "trained": trained}
     about |= {"fingerprint": load_state(path)["fingerprint"], "commit": commit()}
     write_graph(model, reads.times, about, work / GRAPH)
-    if args.quantize == "int8":
-        quantize(work / GRAPH)
+    if args.quantize != "none":
+        quantize(work / GRAPH, model, args.quantize)
     write_items(catalogue, work / ITEMS)
     if args.with_users:
         shutil.copyfile(histories, work / HISTORIES)
@@ -166,30 +168,64 @@ def write_items(catalogue: Catalogue, path: Path) -> None:
     parquet.write_table(pa.table(columns), path)
 
 
-def quantize(path: Path) -> None:
-    """Store the matrices of a graph as int8 with one scale per row: 8 bits, symmetric, largest value 127.
-    Only weights: the arithmetic stays float32, and the item table, which is both looked up and multiplied, is
-    stored once (onnxruntime.quantization would store it twice)."""
-    import numpy as np
+def quantize(path: Path, model: nn.Module, kind: str) -> None:
+    """Store in a graph of the model as integers what --quantize does elsewhere (reclm/adapt/quantize.py): the
+    weights of the blocks, and the item table, which is both looked up and multiplied, once
+    (onnxruntime.quantization would store it twice). The arithmetic stays float32. Raises UserError where
+    groups do not divide a width."""
     import onnx
-    from onnx import helper, numpy_helper
 
-    proto = onnx.load(path)
-    graph = proto.graph
-    for tensor in list(graph.initializer):
-        values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.ndim != 2 or values.size < SMALLEST:
-            continue
-        scale = np.abs(values).max(1) / 127
-        scale[scale == 0] = 1
-        whole = np.rint(values / scale[:, None]).astype(np.int8)
-        names = [f"{tensor.name}_{part}" for part in ("int8", "scale")]
-        arrays = zip(names, (whole, scale), strict=True)
-        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays)
-        graph.initializer.remove(tensor)
-        graph.node.insert(0, helper.make_node("DequantizeLinear", names, [tensor.name], axis=0))
+    check_widths(model, "quantize", kind)
+    bits, proto = BITS[kind], onnx.load(path)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    linears = [part for part in model.layers.modules() if isinstance(part, nn.Linear)]
+    weights = [
+        (model.item_table(), model.cfg.dim),
+        *((part.weight, group_size(part, bits)) for part in linears),
+    ]
+    for weight, width in weights:
+        rows, values = QuantizedRows(weight.reshape(-1, width), bits), weight.detach().numpy()
+        for turned in (False, True):  # the exporter turns the weights of linear layers
+            wanted = values.T if turned else values
+            found = [name for name, array in stored.items() if np.array_equal(array, wanted)]
+            if found:
+                replace_weight(proto.graph, found[0], rows, values.shape, turned)
+                del stored[found[0]]
+                break
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
+
+
+def replace_weight(graph, name: str, rows: QuantizedRows, shape: tuple[int, ...], turned: bool) -> None:
+    """Put codes, scales and offsets in the place of an initializer, and nodes that make floats of them, of
+    this shape and then `turned`."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    codes = rows.codes.numpy() if rows.bits == 8 else unpack(rows.codes).numpy()
+    kind = TensorProto.UINT8 if rows.bits == 8 else TensorProto.UINT4
+    content = codes if rows.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+    graph.initializer.append(
+        helper.make_tensor(f"{name}_codes", kind, codes.shape, content.tobytes(), raw=True)
+    )
+    parts = {"scale": rows.scale[:, 0].numpy(), "offset": rows.offset.numpy(), "shape": np.array(shape)}
+    graph.initializer.extend(
+        numpy_helper.from_array(array, f"{name}_{part}") for part, array in parts.items()
+    )
+    (old,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    graph.initializer.remove(old)
+    steps = [  # operator, inputs, output
+        ("Cast", ["scale"], "scale32"),
+        ("Cast", ["offset"], "offset32"),
+        ("DequantizeLinear", ["codes", "scale32"], "steps"),
+        ("Add", ["steps", "offset32"], "rows"),
+        ("Reshape", ["rows", "shape"], "weight"),
+        ("Transpose" if turned else "Identity", ["weight"], ""),
+    ]
+    settings = {"Cast": {"to": TensorProto.FLOAT}, "DequantizeLinear": {"axis": 0}}
+    for place, (operator, inputs, output) in enumerate(steps):
+        names = [f"{name}_{part}" for part in inputs]
+        made = f"{name}_{output}" if output else name
+        graph.node.insert(place, helper.make_node(operator, names, [made], **settings.get(operator, {})))
 
 
 # ---------------------------------------------------------------- README.md

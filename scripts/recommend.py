@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from reclm.errors import UserError, run_script
 from reclm.run.output import ScriptParser, check_out, write_whole
 from reclm.serve import Filters, Item, Person, Recommender
-from reclm.serve.choose import add_model_flags, model_path, open_recommender
+from reclm.serve.choose import add_model_flags, add_quantize, model_path, open_recommender
 from reclm.serve.typed import read_filters, read_person
 
 SHOWN = 5  # of the last actions of a user
@@ -64,7 +64,10 @@ def parse() -> argparse.Namespace:
     what.add_argument("--include_seen", action="store_true", help="also items of the history")
     what.add_argument("--why", action="store_true", help="the items of the history that speak most for each")
     what.add_argument("--rerank", metavar="CTR.pth", help=f"order the best {AMONG} by a model of --task=ctr")
-    add_model_flags(parser.add_argument_group("with which model"))
+    which = parser.add_argument_group("with which model")
+    add_model_flags(which)
+    add_quantize(which)
+    which.add_argument("--adapter", type=Path, help="adapter.safetensors of this checkpoint")
     parser.add_argument("--out", type=Path, help="file to write, .parquet or .csv")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()
@@ -104,7 +107,7 @@ def recommend_to_one(args: argparse.Namespace) -> None:
     filters = filters_of(args, recommender)
     scorer, reader = recommender, person
     if args.rerank:
-        scorer = Recommender.load(model_path(args.rerank))
+        scorer = Recommender.load(model_path(args.rerank), quantize=args.quantize)
         reader = person_of(args, scorer)
         items = rerank(recommender, person, filters, scorer, reader, args.k)
     else:

@@ -259,7 +259,8 @@ def check(name: str, folder: Path = RECORDS) -> bool:
             program, *rest = shlex.split(command)
             if subprocess.run([sys.executable, *start[program], *rest], cwd=ROOT).returncode:
                 raise UserError(f"{name} was not remade: {command}")
-        written = [Path(out) / file for file in ("eval-best.json", "result.json")]
+        folders = (Path(out), Path(out) / "run")  # the latter where other runs come before
+        written = [folder / file for folder in folders for file in ("eval-best.json", "result.json")]
         found = [json.loads(path.read_text()) for path in written if path.is_file()]
     if not found:
         raise UserError(f"the commands of {name} write no result file: compare what they print")

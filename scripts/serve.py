@@ -3,6 +3,7 @@
     python scripts/serve.py                                      # the best checkpoint of the last run
     python scripts/serve.py --ckpt_name=runs/mine/best.pth --port=8080 --watch
     python scripts/serve.py --ckpt_name=exported/                # without torch, see scripts/export.py
+    python scripts/serve.py --ckpt_name=base.pth --adapters=markets/   # requests may name an adapter
     curl -H 'Content-Type: application/json' -d '{"items": ["260", "1196"]}' 127.0.0.1:8000/recommend
 
 There is no authentication: to offer it to others, put a proxy that asks who they are in front of it. With
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reclm.errors import UserError, run_script
 from reclm.run.output import ScriptParser
-from reclm.serve.choose import add_model_flags, chosen_model
+from reclm.serve.choose import adapter_files, add_model_flags, add_quantize, chosen_model
 from reclm.serve.service import Limits, Source
 
 LINGER_SECONDS = 3  # in which requests in flight have to end once the server stops
@@ -50,6 +51,8 @@ def read_flags() -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
+    add_quantize(parser)
+    add("--adapters", help="adapters of the checkpoint that requests may name: files, or a folder")
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine alone]")
     add("--port", type=number_from(0, 65535), default=8000, help="0 = any free one [8000]")
     add("--workers", type=number_from(1, 256), default=1, help="processes, one core each [1]")
@@ -158,7 +161,7 @@ def supervise(sockets: list[socket.socket], *args) -> None:
 
 def main() -> None:
     args = read_flags()
-    source = Source(chosen_model(args), args.titles)
+    source = Source(chosen_model(args), args.titles, args.quantize, adapter_files(args.adapters))
     sessions = args.max_sessions if args.workers == 1 else 0
     limits = Limits(args.queue, sessions, args.max_history, not args.no_users)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from launch import MAIN, TINY, here, write_csv
 
 from model import SequenceRecommender
+from reclm.adapt.quantize import BITS, quantize_model
 from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
@@ -67,7 +69,7 @@ class Pair:
 
 def build(settings):
     """A model whose every weight has an effect, in float32."""
-    cfg = ModelConfig(**{"dim": 16, "n_layers": 2, "n_heads": 2, "max_len": MAX_LEN} | settings)
+    cfg = ModelConfig(**{"dim": 32, "n_layers": 2, "n_heads": 2, "max_len": MAX_LEN} | settings)
     rng = np.random.default_rng(0)
     vocabulary = Vocabulary(
         NUM_ITEMS,
@@ -205,19 +207,28 @@ def test_a_graph_says_where_it_is_from_but_not_on_which_machine(pairs):
     assert str(MAIN.parent).encode() not in proto.SerializeToString()
 
 
-def test_int8_stores_every_matrix_once_and_close(pairs, tmp_path):
-    pair, path = pairs("llama"), tmp_path / "int8.onnx"
+@EVERY_MODEL
+@pytest.mark.parametrize("kind", list(BITS))
+def test_integers_are_stored_once_and_mean_what_they_mean_in_torch(pairs, tmp_path, kind, name):
+    pair, path = pairs(name), tmp_path / "small.onnx"
+    model = copy.deepcopy(pair.torch.engine.model)
     shutil.copyfile(pair.path, path)
-    export.quantize(path)
-    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
-    assert max(array.size for array in tensors if array.dtype == np.float32) < export.SMALLEST
-    assert sum(array.shape == (NUM_ITEMS + 1, 16) for array in tensors) == 1
-    small, table = OnnxEngine(open_graph(path), pair.onnx.engine.layout), pair.onnx.engine.table
-    step = np.abs(table).max(1, keepdims=True) / 127
-    assert (np.abs(small.table - table) <= step / 2 + 1e-6).all()
+    export.quantize(path, model, kind)
+    tensors = onnx.load(path).graph.initializer
+    blocks = sum(part.weight.numel() for part in model.layers.modules() if isinstance(part, torch.nn.Linear))
+    codes = [tensor for tensor in tensors if tensor.name.endswith("_codes")]
+    count = sum(math.prod(tensor.dims) for tensor in codes)
+    assert count == (NUM_ITEMS + 1) * model.cfg.dim + blocks
+    assert 8 * sum(len(tensor.raw_data) for tensor in codes) == BITS[kind] * count
+    small = OnnxEngine(open_graph(path), pair.onnx.engine.layout)
+    theirs = TorchEngine(quantize_model(model, kind))
     batch = make_batch([person(1, 9)], pair.onnx.reads)
-    hidden, expected = small.hidden(batch)[0], pair.onnx.engine.hidden(batch)[0]
-    assert 0 < np.abs(hidden - expected).max() < 0.05 * np.abs(expected).max()
+    numbers = np.arange(NUM_ITEMS + 1)
+    np.testing.assert_allclose(small.table, theirs.table[numbers], atol=1e-6)
+    if model.cfg.dtype == "float32":  # exports compute in float32
+        np.testing.assert_allclose(small.hidden(batch), theirs.hidden(batch), atol=1e-4)
+    difference = np.abs(small.hidden(batch) - pair.onnx.engine.hidden(batch)).max()
+    assert difference > 1e-3, "the weights of the blocks are not rounded"
 
 
 @pytest.mark.parametrize(

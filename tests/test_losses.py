@@ -355,3 +355,13 @@ class NewTensors(TorchDispatchMode):
 
 def is_tensor(x):
     return isinstance(x, torch.Tensor)
+
+
+def test_softmax_of_a_frozen_table_has_the_same_gradient_of_hidden():
+    torch.manual_seed(0)
+    table, targets, found = torch.randn(20, 8), torch.randint(1, 20, (30,)), []
+    for frozen in (False, True):
+        hidden = torch.linspace(-1, 1, 240).view(30, 8).requires_grad_()
+        softmax(hidden, table.clone().requires_grad_(not frozen), targets).backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found) and found[0].abs().sum() > 0

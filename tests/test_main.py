@@ -23,7 +23,6 @@ from launch import (
 )
 
 import evaluate
-import main
 from reclm.errors import UserError
 from reclm.run import checkpoint, dist
 from reclm.run.process import StopRequest
@@ -446,7 +445,7 @@ def test_checkpoint_holds_nothing_but_data(trained):
     assert [row["epoch"] for row in state["history"]] == list(range(16))
     assert not any(name.startswith("module.") for name in state["model"])
     assert state["vocabulary"]["num_items"] == len(state["items"]) == 25 and "i7" in state["items"]
-    main.Progress(**state["progress"])
+    checkpoint.Progress(**state["progress"])
 
 
 def test_resumed_into_a_new_folder_the_run_has_its_own_best(tmp_path):

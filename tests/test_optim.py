@@ -49,7 +49,7 @@ def test_groups_follow_the_type_of_a_module_not_its_name():
 
 
 def test_an_unknown_optimizer_is_refused(model):
-    with pytest.raises(UserError, match="--optimizer=adamax must be one of adafactor, adalomo, adamw"):
+    with pytest.raises(UserError, match="--optimizer=adamax must be one of adamw, adamw8bit, adafactor"):
         build_optimizer(model, TrainConfig(optimizer="adamax"))
 
 

@@ -103,7 +103,7 @@ def test_the_commands_of_data(folder):
 def test_every_feature_of_the_table_runs(folder):
     section = README.partition("## What else it does")[2].partition("\n## ")[0]
     flags = re.findall(r"\| `(--[^`]+)` \|", section)
-    assert len(flags) == 5
+    assert len(flags) == 6
     for row in flags:
         here("--dataset=ml-1m", *row.split(), "--num_epochs=1", cwd=folder).ok()
 
@@ -142,6 +142,20 @@ def test_the_commands_of_ctr(folder):
     for command in (match, start):
         shown = here(*flags_of(command), "--num_epochs=1", cwd=folder).ok()
     assert "started from runs/matching/best.pth" in shown.stdout
+
+
+def test_the_commands_of_shrink(folder):
+    """As they stand, but for the length of the training and the server (tests/test_quantize.py)."""
+    evaluate, recommend, serve, small, train = commands_of("shrink.md")
+    here("--dataset=ml-1m", "--num_epochs=1", cwd=folder).ok()
+    assert ", int4 (" in here(*flags_of(evaluate), cwd=folder).ok().stdout
+    assert read_json(folder / "runs" / "latest" / "eval-best-int4.json")["quantize"] == "int4"
+    for command in (recommend, small):
+        script, *flags = shlex.split(command.replace("Toy Story (1995); Heat (1995)", FILMS[0]))[1:]
+        subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, check=True)
+    assert serve == "python scripts/serve.py --quantize=int4"
+    here("--dataset=ml-1m", *flags_of(train), "--num_epochs=1", cwd=folder).ok()
+    assert read_json(folder / "runs" / "qat" / "result.json")["quantize"] == "int4"
 
 
 def test_every_command_is_tried_or_is_the_test_command():

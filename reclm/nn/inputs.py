@@ -9,7 +9,6 @@ position predicts the next item: its own, or with `request_time` that of the las
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
@@ -17,12 +16,14 @@ from reclm.data.dataset import Vocabulary
 from reclm.nn.layers import (
     TIME_BUCKETS,
     PositionEmbedding,
+    Table,
     TimeEmbedding,
     ZeroEmbedding,
     ZeroEmbeddingBag,
     ZeroLinear,
     log_buckets,
 )
+from reclm.nn.losses import rows
 
 PADDING = 0
 SESSION = 3600.0  # seconds without an action after which a new session starts
@@ -66,14 +67,14 @@ class Inputs(nn.Module):
         """Tokens of the longest row, with room for a candidate at its end."""
         return len(self.first_profile) + self.tokens_per_action * (self.cfg.max_len + 1)
 
-    def forward(self, row: dict[str, Tensor], item_table: Tensor) -> Tensor:
+    def forward(self, row: dict[str, Tensor], item_table: Table) -> Tensor:
         """A row from `lay_out` and the item table (V, D) -> token vectors (B, S, D)"""
         ids = row["token_ids"]
         if self.token_embedding is None:
-            x = F.embedding(ids, item_table, padding_idx=PADDING)  # (B, S, D)
+            x = rows(item_table, ids)  # (B, S, D)
         else:  # two lookups, since one concatenated table would copy all items in every step
             other = ids >= self.num_rows
-            x = F.embedding(ids.masked_fill(other, PADDING), item_table, padding_idx=PADDING)
+            x = rows(item_table, ids.masked_fill(other, PADDING))
             x = x + self.token_embedding((ids - self.num_rows).clamp(min=0)) * other[..., None]
         if self.position_embedding is not None:
             x = x + self.position_embedding(row["before"])

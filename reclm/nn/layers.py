@@ -26,6 +26,18 @@ class ResidualLinear(nn.Linear):
     """nn.Linear that writes into the residual stream: the more blocks, the smaller its initial weights."""
 
 
+# An item table: (V, D), or a module that stands for one, with `forward` to look up rows and `scores` of all
+# items (`rows` and `score_items` in losses.py): PQEmbedding, or QuantizedTable of reclm/adapt/quantize.py.
+Table = Tensor | nn.Module
+
+
+class ItemEmbedding(nn.Embedding):
+    """The vectors of the items. PQEmbedding and modules of reclm/adapt can stand in its place."""
+
+    def table(self) -> Table:
+        return self.weight
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout (arXiv 1207.0580), but faster on a CPU, where torch draws the mask element by element on one
     core: here each 64-bit draw serves four elements. p is rounded to a multiple of 1 / 65,536."""

@@ -3,8 +3,10 @@ only (weights_only=True), so that a file cannot run code.
 
     version, config             config: the flat settings
     model                       the weights to evaluate
-    trained, optimizer          the weights to train on, where --ema makes them differ; the optimizer's state
-    progress, history           main.Progress; the log rows of all epochs
+    trained, optimizer          the weights to train on, where --ema or --adapter makes them differ; the
+                                optimizer's state
+    averaged, base              with --adapter: their average; what is adapted (init_from.Base)
+    progress, history           Progress; the log rows of all epochs
     dataset, protocol, fingerprint, ids      the data that it fits
     num_rows, user_keys, user_rows, last_time   how to tell whether these have grown (reclm/data/grown.py)
     vocabulary, items, titles, genre_names, item_counts, values   what inference needs of the data
@@ -13,10 +15,12 @@ only (weights_only=True), so that a file cannot run code.
 There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
 """
 
+import math
 import os
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,20 @@ RENAMED = {  # prefixes of weight names in version 4
     "inputs.action_embedding.": "inputs.code_embeddings.actions.",
     "inputs.context_embedding.": "inputs.code_embeddings.contexts.",
 }
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Saved in every checkpoint."""
+
+    epoch: int = 0  # the next epoch to run
+    step: int = 0  # the next optimizer step in it
+    loss_sum: float = 0.0  # over all targets of this epoch so far
+    num_targets: int = 0  # of this epoch so far
+    seconds: float = 0.0  # of wall-clock time, over all launches of this run
+    best_score: float = -math.inf  # best validation score so far (metrics.CHOOSE_BY)
+    best_epoch: int = -1
+    bad_epochs: int = 0  # epochs without improvement, for --patience
 
 
 def save_checkpoint(state: dict, out_dir: Path, names: list[str]) -> None:
@@ -271,6 +289,13 @@ def restore_model(model: torch.nn.Module, state: dict, path: Path, dataset: Data
             f"with --init_from={path}"
         )
     load_weights(model, state, path)
+
+
+def restore_training(model: torch.nn.Module, averaged: torch.nn.Module, state: dict, path: Path) -> None:
+    """Load the weights to train on, and their average, where they are not those to evaluate."""
+    for target, entry in ((averaged, "averaged"), (model, "trained")):
+        if entry in state:
+            load_weights(target, state | {"model": state[entry]}, path)
 
 
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 
 from reclm.config import FIELDS, SECTIONS, Config, fixed_names
+from reclm.data import histories
+from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.run import dist
 from reclm.run.checkpoint import epoch_files, load_checkpoint
@@ -182,17 +184,18 @@ def point_latest(folder: Path) -> None:
 
 
 def evaluation_file(folder: Path, ckpt: Path, result: dict) -> Path:
-    """eval-<checkpoint>.json, with a number behind where that holds an evaluation with other settings or of
-    other data, such as the file before it grew."""
+    """eval-<checkpoint>.json, or eval-<checkpoint>-int4.json of the quantized model, with a number behind
+    where that holds an evaluation with other settings or of other data, such as the file before it grew."""
+    stem = f"eval-{ckpt.stem}" + (f"-{result['quantize']}" if result["quantize"] != "none" else "")
     for number in range(1, 1000):
-        path = folder / f"eval-{ckpt.stem}{f'-{number}' if number > 1 else ''}.json"
+        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}.json"
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError:
             return path
         except (OSError, ValueError):
             continue  # not ours: it stays
-        ours = {name: result[name] for name in ("config", "checkpoint", "fingerprint")}
+        ours = {name: result[name] for name in ("config", "checkpoint", "fingerprint", "quantize")}
         if isinstance(found, dict) and ours == {name: found.get(name, ours[name]) for name in ours}:
             return path
     raise UserError(f"{folder} has 999 evaluations of {ckpt.name}: delete some, or give an --out_dir")
@@ -205,3 +208,10 @@ def dump_config(cfg: Config) -> str:
         if section != "run":
             parts.append(f"# {cls.__doc__}\n" + yaml.safe_dump(vars(getattr(cfg, section)), sort_keys=False))
     return "\n".join(parts)
+
+
+def keep_histories(out_dir: Path, dataset: Dataset) -> None:
+    """Write histories.npz, from which scripts/recommend.py knows the users, unless it is there."""
+    target = out_dir / histories.FILE
+    if not dataset.grown and not dist.on_main(target.exists):
+        dist.on_main(lambda: write_whole(target, lambda path: histories.write_histories(path, dataset)))

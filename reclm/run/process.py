@@ -34,9 +34,10 @@ def check_memory(cfg: Config, vocabulary: Vocabulary) -> None:
     the memory of this machine: better now than in the middle of building it."""
     model = cfg.model
     block = model.dim * (5 * model.dim if model.model_name == "hstu" else 2 * model.dim + 3 * model.ffn_dim)
+    vector = model.pq_codes if model.item_table == "pq" else 4 * model.dim
     rows = vocabulary.num_items + 1 + (vocabulary.num_users if model.user_embedding == "explicit" else 0)
     parts = {  # bytes, and the settings they grow with
-        "dim, n_layers, hidden_dim": 4 * (rows * model.dim + model.n_layers * block),
+        "dim, n_layers, hidden_dim": rows * vector + 4 * model.n_layers * block,
         "max_len": 4 * model.max_len * model.head_dim,
     }
     if model.task == "matching":

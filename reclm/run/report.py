@@ -42,9 +42,11 @@ def count_impressions(dataset: Dataset) -> str:
 
 def describe_model(model: torch.nn.Module, num_steps: int, num_targets: int) -> str:
     size = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = f" ({trained:,} of them trained)" if trained < size else ""
     device = next(model.parameters()).device
     return (
-        f"model: {model.cfg.model_name}, {size:,} parameters in {dist.num_processes()} process(es) on "
+        f"model: {model.cfg.model_name}, {size:,} parameters{part} in {dist.num_processes()} process(es) on "
         f"{device}; an epoch is {num_steps} steps, {num_targets:,} targets"
     )
 
@@ -100,6 +102,12 @@ def commit() -> str:
     if name.returncode:
         return "unknown"
     return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def describe_rounding(quantize: str, trained_for: str = "none") -> str:
+    """ ", int4" for the title of a quantized model's metrics; where it was trained for another format, so"""
+    note = f" (trained with --qat={trained_for})" if trained_for not in ("none", quantize) else ""
+    return note if quantize == "none" else f", {quantize}{note}"
 
 
 def format_epoch(row: dict[str, float], task: str) -> str:

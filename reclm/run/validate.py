@@ -11,13 +11,14 @@ from reclm.errors import UserError
 from reclm.flags import parse_settings
 
 TYPES = {  # of the entries of a checkpoint
-    "version": int, "model": dict, "trained": dict, "optimizer": dict, "progress": dict, "history": list,
+    "version": int, "model": dict, "trained": dict, "averaged": dict, "base": dict, "optimizer": dict,
+    "progress": dict, "history": list,
     "config": dict, "dataset": str, "protocol": str, "fingerprint": str, "ids": str, "num_rows": int,
     "user_keys": Tensor, "user_rows": Tensor, "last_time": float,
     "vocabulary": dict, "items": (list, Tensor), "titles": list, "genre_names": list,
     "item_counts": Tensor, "values": dict,
 }  # fmt: skip
-PROGRESS = {  # of main.Progress: type and least value
+PROGRESS = {  # of Progress: type and least value
     "epoch": (int, 0), "step": (int, 0), "loss_sum": (float, -math.inf), "num_targets": (int, 0),
     "seconds": (float, 0), "best_score": (float, -math.inf), "best_epoch": (int, -1), "bad_epochs": (int, 0),
 }  # fmt: skip
@@ -30,10 +31,12 @@ def check_state(state: dict, path: Path) -> None:
         check(path, isinstance(value, TYPES[name]), f"{name} is of type {type(value).__name__}")
         check(path, not isinstance(value, Tensor) or is_plain(value), f"{name} is a sparse tensor")
     check_lengths(state, path)
-    for name in {"model", "trained"} & state.keys():
+    for name in {"model", "trained", "averaged"} & state.keys():
         for key, weight in state[name].items():
             good = isinstance(key, str) and is_plain(weight)
             check(path, good, f"{name}[{key!r:.60}] is of type {type(weight).__name__}")
+    if "base" in state:
+        check_base(state["base"], path)
     for name, value in state["progress"].items():
         check(path, name in PROGRESS, f"progress has an unknown entry {name!r:.60}")
         wanted, least = PROGRESS[name]
@@ -47,6 +50,15 @@ def check_state(state: dict, path: Path) -> None:
         parse_settings(state["config"])
     except UserError as error:
         check(path, False, f"config: {error}")
+
+
+def check_base(base: dict, path: Path) -> None:
+    """Check the entries of init_from.Base. Raises UserError."""
+    good = base.keys() == {"name", "weights", "fresh", "new_items"} and is_plain(base["new_items"])
+    good = good and base["new_items"].dim() == 1 and base["new_items"].dtype == torch.int64
+    good = good and isinstance(base["fresh"], list) and isinstance(base["weights"], str)
+    good = good and all(isinstance(text, str) for text in [base["name"], *base["fresh"]])
+    check(path, good, "base is no base")
 
 
 def check_lengths(state: dict, path: Path) -> None:

@@ -49,7 +49,10 @@ def person_of(service: Service, model: Model, asked: schemas.Someone) -> Person:
         raise UserError("times: give one for each item, or none")
     if None in times:
         times = []
-    return model.recommender.person(ids, ratings, asked.profile, asked.at, times)
+    adapters = model.recommender.adapters
+    if asked.adapter is not None and asked.adapter not in adapters:
+        raise not_found(f"there is no adapter {asked.adapter!r:.80}, but {', '.join(adapters) or 'none'}")
+    return model.recommender.person(ids, ratings, asked.profile, asked.at, times, asked.adapter)
 
 
 def check_length(service: Service, length: int) -> None:

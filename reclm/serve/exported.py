@@ -117,7 +117,7 @@ class Row:
 
 
 class OnnxEngine:
-    """See recommender.Engine."""
+    """See reclm/serve/engine.py."""
 
     def __init__(self, graph: Any, layout: Layout):
         self.graph, self.layout = graph, layout

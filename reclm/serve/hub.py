@@ -145,9 +145,9 @@ def import_safetensors():
 # ---------------------------------------------------------------- read
 
 
-def open_model(folder: Path, device: str = "cpu") -> Opened:
+def open_model(folder: Path, device: str = "cpu", quantize: str = "none") -> Opened:
     """What Recommender is made of, from such a folder. Raises UserError as `read_model` does."""
-    return *open_state(read_model(folder), folder, device), None
+    return *open_state(read_model(folder), folder, device, quantize), None
 
 
 def read_model(folder: Path) -> dict:

@@ -25,6 +25,7 @@ REFUSED = {  # what offline.js does not compute: setting -> the values that it k
     "profile_tokens": (False,),
     "time_tokens": ("none",),
     "user_embedding": ("none",),
+    "item_table": ("dense",),
 }
 TABLE_LARGEST, BLOCK_LARGEST = 127, 255  # items are most of the weights: 8 bits; the blocks 9
 PAGE_SCRIPT = '<script type="module">'

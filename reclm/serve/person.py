@@ -22,6 +22,7 @@ class Person:
     profile: np.ndarray = field(default_factory=no_numbers)  # (P,) int64, 0 = unknown
     at: float | None = None  # time of the request; None = that of the last action
     user: int | None = None  # index in the training data; None = a person it does not contain
+    adapter: int = 0  # number in Recommender.adapters; 0 = the model as it is
 
     def __len__(self) -> int:
         return len(self.items)
@@ -121,9 +122,9 @@ def look_up(name: str, text: str, texts: list[str]) -> int:
 
 def make_batch(people: Sequence[Person], reads: Reads) -> dict[str, np.ndarray]:
     """The batch of data.py with the last max_len actions of B persons: item_ids (B, T), lengths (B,),
-    num_before (B,), user_ids (B,), and as the model reads them timestamps, next_timestamps and codes (B, T),
-    profiles (B, P). Raises UserError for an empty history, and for a new person where the model needs a
-    vector per user."""
+    num_before (B,), user_ids (B,), as the model reads them timestamps, next_timestamps and codes (B, T) and
+    profiles (B, P), and where persons chose adapters adapter_ids (B,). Raises UserError for an empty history,
+    and for a new person where the model needs a vector per user."""
     sizes = np.array([len(person) for person in people])
     if not sizes.all():
         raise UserError("an empty history: name at least one item")
@@ -156,4 +157,6 @@ def make_batch(people: Sequence[Person], reads: Reads) -> dict[str, np.ndarray]:
     for name in reads.codes:
         rows = [person.codes.get(name, np.zeros(len(person), np.int64)) for person in people]
         batch[name] = pad(rows, np.int64)
+    if any(person.adapter for person in people):
+        batch["adapter_ids"] = np.array([person.adapter for person in people])
     return batch

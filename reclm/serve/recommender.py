@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,13 @@ from reclm.data.histories import Histories, read_histories
 from reclm.errors import UserError
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue, Filters
+from reclm.serve.engine import Engine
 from reclm.serve.person import Person, Reads, make_batch
-from reclm.serve.top_k import score_items, top_k
+from reclm.serve.top_k import FEW, score_items, top_k
 
 AT_ONCE = 64  # persons in one pass through the model
 EVERYTHING = Filters()
+EVERY_ITEM = slice(None)
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,6 @@ class Reason:
     drop: float
 
 
-class Engine(Protocol):
-    """A model in one runtime. Batches are those of `person.make_batch`."""
-
-    table: np.ndarray  # (V, D) float32 item factors
-
-    def hidden(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """(B, D) float32 user embeddings after the last action"""
-
-    def start(self, batch: dict[str, np.ndarray]) -> tuple[Any, np.ndarray]:
-        """(state of one person's history for `extend`, user embedding (D,))"""
-
-    def extend(self, state: Any, batch: dict[str, np.ndarray]) -> np.ndarray | None:
-        """Add one action, a batch (1, 1), in place -> user embedding (D,); None where the result would not be
-        that of reading the last max_len actions again"""
-
-    def probabilities(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """candidate_ids (B, C) after each history -> (B, C), of a positive action; --task=ctr only"""
-
-
 class Recommender:
     """Recommends items to persons of the training data and to new ones. Build it with `load`.
 
@@ -69,24 +52,42 @@ class Recommender:
     ):
         self.engine, self.catalogue, self.reads, self.about = engine, catalogue, reads, about
         self.histories_file = histories
+        self.adapters: list[str] = []  # names; Person.adapter counts them from 1
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "Recommender":
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        quantize: str = "none",
+        adapters: Sequence[Path] = (),
+        merged: Path | None = None,
+    ) -> "Recommender":
         """The recommender of a checkpoint file, of a folder of the hub (reclm/serve/hub.py), or of one that
-        scripts/export.py has written, which needs onnxruntime and no torch. Raises UserError if it is
-        missing, damaged or of another kind."""
+        scripts/export.py has written, which needs onnxruntime and no torch. `quantize` is as --quantize. Each
+        person may name one of the `adapters` of a checkpoint (reclm/adapt/lora.py); the adapter `merged` is
+        used for all. Raises UserError if a file is missing, damaged or of another kind."""
         path = Path(path)
+        if path.is_dir() and (adapters or merged):
+            raise UserError(f"an adapter needs the checkpoint it was trained from, not the folder {path}")
         if (path / "model.safetensors").is_file():
             from reclm.serve.hub import open_model
 
-            return cls(*open_model(path, device))
+            return cls(*open_model(path, device, quantize))
         if path.is_dir():
+            if quantize != "none":
+                raise UserError(f"{path} is an export: export its checkpoint with --quantize={quantize}")
             from reclm.serve.exported import open_export
 
             return cls(*open_export(path))
-        from reclm.serve.trained import open_checkpoint
+        from reclm.serve.trained import open_checkpoint, put_adapters
 
-        return cls(*open_checkpoint(path, device))
+        recommender = cls(*open_checkpoint(path, device, quantize, merged))
+        if adapters and quantize != "none":
+            raise UserError(f"adapters change float32 weights: leave out --quantize={quantize}")
+        if adapters:
+            recommender.adapters = put_adapters(recommender.engine, path, adapters)
+        return recommender
 
     @cached_property
     def histories(self) -> Histories:
@@ -126,6 +127,7 @@ class Recommender:
             "genres": catalogue.genre_names,
             "years": [int(years.min()), int(years.max())] if len(years) else None,
             "task": about.config["task"],
+            "adapters": self.adapters,
         }
 
     # ------------------------------------------------------------------ persons
@@ -137,12 +139,16 @@ class Recommender:
         profile: dict[str, str] | None = None,
         at: float | None = None,
         times: Sequence[float] = (),
+        adapter: str | None = None,
     ) -> Person:
         """A person with these actions, oldest first, each an id or a title.
 
         `ratings` and `times` (seconds since 1970) have one entry per action, or none; `profile` is like
-        {"gender": "F", "age": "25"}; `at` is the time of the request. Raises UserError for an unknown item,
-        for values that the model does not know or does not read, and if an action is after the request."""
+        {"gender": "F", "age": "25"}; `at` is the time of the request, `adapter` one of `adapters`. Raises
+        UserError for an unknown item or adapter, for values that the model does not know or does not read,
+        and if an action is after the request."""
+        if adapter is not None and adapter not in self.adapters:
+            raise UserError(f"there is no adapter {adapter!r:.80}, but {', '.join(self.adapters) or 'none'}")
         items = np.array([self.catalogue.number(text) for text in history], np.int64)
         for name, values in (("ratings", ratings), ("times", times)):
             if len(values) not in (0, len(items)):
@@ -157,7 +163,8 @@ class Recommender:
         if len(moments) and (not np.isfinite(moments).all() or (np.diff(moments) < 0).any()):
             raise UserError("times must be finite, in order and not after the request")
         times = np.full(len(items), at) if at is not None and not len(times) else moments[: len(times)]
-        return Person(items, times, codes, self.reads.profile_codes(profile or {}), at)
+        number = 0 if adapter is None else 1 + self.adapters.index(adapter)
+        return Person(items, times, codes, self.reads.profile_codes(profile or {}), at, adapter=number)
 
     def user(self, user: str, at: float | None = None) -> Person:
         """The user of the training data with this id and their whole history, with the request at the time
@@ -207,15 +214,31 @@ class Recommender:
         self, hidden: np.ndarray, people: Sequence[Person], k: int, filters: Filters
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The same from the user embeddings (B, D). Raises UserError for non-finite scores."""
-        scores = score_items(hidden, self.engine.table)  # (B, V)
+        left_out, includes_seen = self.catalogue.left_out(filters), self.includes_seen(filters)
+        if len(people) > FEW and hasattr(self.engine.table, "best"):  # a PQTable
+            nothing = np.zeros(0, np.int64)
+            seen = [nothing if includes_seen else person.items for person in people]
+            return self.engine.table.best(hidden, k, left_out, seen)
+        scores = self.scores(hidden, people)  # (B, V)
         if not np.isfinite(scores.sum()):
             raise UserError("the model gives non-finite scores: use another checkpoint")
         # Filters come before the choice of k: the other order would return fewer than k.
-        scores[:, self.catalogue.left_out(filters)] = -np.inf
-        if not self.includes_seen(filters):
+        scores[:, left_out] = -np.inf
+        if not includes_seen:
             for row, person in zip(scores, people, strict=True):
                 row[person.items] = -np.inf  # of the whole history, not only what the model sees of it
         return [(found, row[found]) for row, found in zip(scores, top_k(scores, k), strict=True)]
+
+    def scores(
+        self, hidden: np.ndarray, people: Sequence[Person], numbers: np.ndarray | slice = EVERY_ITEM
+    ) -> np.ndarray:
+        """User embeddings (B, D) -> scores (B, n) of the items `numbers` (n,)"""
+        table = self.engine.table
+        scores = score_items(hidden, table if numbers is EVERY_ITEM else table[numbers])
+        if any(person.adapter for person in people):
+            ids = np.array([person.adapter for person in people])
+            scores += self.engine.score_update(hidden, ids, numbers)
+        return scores
 
     def includes_seen(self, filters: Filters) -> bool:
         if filters.include_seen is not None:
@@ -267,15 +290,17 @@ class Recommender:
     # ------------------------------------------------------------------ explanations
 
     @cached_property
-    def directions(self) -> np.ndarray:
-        """(V, D) item factors of length 1"""
-        table = self.engine.table
-        return table / np.linalg.norm(table, axis=1, keepdims=True).clip(min=1e-12)
+    def lengths(self) -> np.ndarray:
+        """(V,) of the item factors"""
+        numbers, size = np.arange(len(self.catalogue) + 1), 2**16
+        parts = (self.engine.table[numbers[i : i + size]] for i in range(0, len(numbers), size))
+        return np.concatenate([np.linalg.norm(part, axis=1) for part in parts]).clip(min=1e-12)
 
     def similar(self, item: str, k: int = 10, filters: Filters = EVERYTHING) -> list[Item]:
         """The k items whose factors have the largest cosine with those of an item, which is the score."""
         number = self.catalogue.number(item)
-        cosines = self.directions @ self.directions[number]
+        factor = self.engine.table[np.array([number])] / self.lengths[number]  # (1, D)
+        cosines = score_items(factor, self.engine.table)[0] / self.lengths
         cosines[self.catalogue.left_out(filters)] = -np.inf
         cosines[number] = -np.inf
         (chosen,) = top_k(cosines[None], k)
@@ -306,7 +331,7 @@ class Recommender:
         """Scores (B, n) of the same n items for each person"""
         if self.is_ctr:
             return np.stack([self.probabilities(person, numbers) for person in people])
-        return self.engine.hidden(make_batch(people, self.reads)) @ self.engine.table[numbers].T
+        return self.scores(self.engine.hidden(make_batch(people, self.reads)), people, numbers)
 
     def reason(self, number: int, drop: float) -> Reason:
         return Reason(self.catalogue.ids[number - 1], self.catalogue.titles[number - 1], drop)

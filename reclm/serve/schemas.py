@@ -46,6 +46,7 @@ class Someone(Request):
     items: list[Id | Action] = []
     profile: Annotated[dict[Text, Text], Field(max_length=100)] = {}
     at: Seconds | None = None
+    adapter: Annotated[Text | None, Field(description="one of the adapters of GET /model")] = None
 
 
 class Asked(Someone):
@@ -92,6 +93,7 @@ class About(BaseModel):
     years: list[int] | None
     limits: dict[str, int]
     task: str
+    adapters: list[str]
 
 
 class Shown(BaseModel):

@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,15 +121,22 @@ class Line:
 
 
 class Source:
-    """Where the model in service comes from, a checkpoint file or an exported folder"""
+    """Where the model in service comes from, a checkpoint file or an exported folder; and its adapters"""
 
-    def __init__(self, path: Path, titles: Path | None = None):
-        self.path, self.titles, self.loaded = path, titles, None
+    def __init__(
+        self,
+        path: Path,
+        titles: Path | None = None,
+        quantize: str = "none",
+        adapters: Sequence[Path] = (),
+    ):
+        self.path, self.titles, self.quantize, self.adapters = path, titles, quantize, adapters
+        self.loaded = None
 
     def stamp(self) -> list[tuple] | None:
-        """What differs once the file, or one of the folder, has been replaced; None while it is missing"""
+        """What differs once a file, or one of the folder, has been replaced; None while it is missing"""
         try:
-            files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+            files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path, *self.adapters]
             stats = [(file, file.stat()) for file in files]
         except OSError:
             return None
@@ -138,7 +145,8 @@ class Source:
     def load(self, limits: Limits) -> Model:
         """Raises UserError, as Recommender.load does."""
         self.loaded = self.stamp()  # before the reading: a file that changes meanwhile is read again
-        return Model(load(self.path, self.titles), limits, self.path.name)
+        model = load(self.path, self.titles, self.quantize, self.adapters)
+        return Model(model, limits, self.path.name)
 
 
 class Service:

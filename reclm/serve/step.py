@@ -25,6 +25,7 @@ from model import SequenceRecommender
 from reclm.errors import UserError
 from reclm.nn.context import Context, KVCache, rotations
 from reclm.nn.incremental import forgets
+from reclm.nn.pq import PQEmbedding
 
 OUTPUTS = ("hidden", "scores", "present", "item_table")
 OPSET = 23  # the first with Attention and RMSNormalization
@@ -65,6 +66,8 @@ class Step(nn.Module):
         top = replace(ctx.only(row["last"]), positions=row["last"][:, None] + earlier)  # of the last block
         caches = [Past(*pair) for pair in zip(layers[::2], layers[1::2], strict=True)]
         table = model.item_table()
+        if isinstance(table, PQEmbedding):  # codes are what the file holds; a runtime may do as it likes
+            table = table.dense()
         x = model.embed(row, table)
         for layer, cache in zip(model.layers, caches, strict=True):
             x = layer(x, top if layer is model.layers[-1] else ctx, cache)

@@ -37,7 +37,7 @@ def ours(spec: dict) -> dict:
     run.open(out_dir)
 
     def train(epoch: int) -> dict:
-        run.progress = program.Progress()  # start of an epoch
+        run.progress = program.checkpoint.Progress()  # start of an epoch
         return program.train_epoch(run, epoch)
 
     if spec["time_to"]:
