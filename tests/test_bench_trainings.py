@@ -61,7 +61,7 @@ def test_the_rate_is_chosen_on_validation(tmp_path):
     record = read_json(out)
     assert record["rates"]["results"] == {"adamw": {"0.006": 0.12, "0.01": 0.15, "0.02": 0.14}}
     assert record["quality"]["results"]["adamw"] == {
-        "rate": "0.01", "NDCG@10": [0.21, 0.19], "HR@10": [0.42, 0.38], "seconds to 0.17": [22], "seeds": 2,
+        "rate": "0.01", "NDCG@10": [0.21, 0.19], "HR@10": [0.42, 0.38], "epochs to 0.17": [2], "seeds": 2,
     }  # fmt: skip
     assert record["quality"]["table"][0]["test NDCG@10"] == ".2000 ± .0141"
     failed = here("--parts=none", cwd=tmp_path, program=program)
