@@ -190,8 +190,13 @@ def test_sophia_draws_targets_from_the_softmax_of_the_next_pass():
     assert (frequencies[scores[t] > -torch.inf] - 1 / 7).abs().max() > 0.06  # far from uniform
 
 
-def test_8_bit_steps_are_near_those_of_adamw():
-    pytest.importorskip("torchao")
+@pytest.fixture
+def eager(monkeypatch):
+    """The step of adamw8bit as where there is no compiler: compiling takes half a minute."""
+    monkeypatch.setattr("reclm.run.eight_bit.HAS_COMPILER", False)
+
+
+def test_8_bit_steps_are_near_those_of_adamw(eager):
     weights = []
     for name in ("adamw", "adamw8bit"):
         torch.manual_seed(0)
@@ -267,9 +272,7 @@ RUNS = {name: [f"--optimizer={name}"] for name in OPTIMIZERS} | {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_learns_and_resumes_exactly(name, tmp_path):
-    if name == "adamw8bit":
-        pytest.importorskip("torchao")
+def test_a_run_learns_and_resumes_exactly(name, tmp_path, eager):
     write_csv(tmp_path / "tiny.csv")
     flags = [*FLAGS, *RUNS[name]]
     here(*flags, "--out_dir=whole", cwd=tmp_path).ok()

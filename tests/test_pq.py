@@ -20,7 +20,7 @@ from reclm.nn.pq import PQEmbedding, assign_codes, choose_centroids, item_factor
 from reclm.run.optim import build_optimizer
 from reclm.serve import Recommender
 from reclm.serve import pq as serve_pq
-from reclm.serve.pq import PQTable
+from reclm.serve.small_tables import PQTable
 from reclm.serve.top_k import top_k
 
 SETTINGS = {"dim": 16, "n_heads": 2, "n_layers": 1, "max_len": 12, "dropout": 0.0}

@@ -29,8 +29,8 @@ from reclm.errors import UserError
 from reclm.serve import Recommender
 from reclm.serve.person import make_batch
 from reclm.serve.service import Limits, Source
+from reclm.serve.small_tables import SmallTable
 from reclm.serve.top_k import score_items
-from reclm.serve.trained import SmallTable
 
 sys.path.insert(0, str(MAIN.parent / "scripts" / "bench"))
 import shrink

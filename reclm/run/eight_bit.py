@@ -1,9 +1,16 @@
 """AdamW with 8-bit moments by torchao. Checkpoints hold its state as plain tensors."""
 
+import logging
+import os
+import shutil
+from contextlib import nullcontext
+
 import torch
 
 from reclm.errors import UserError
 
+# What torchao 0.18 does when it is imported is deprecated in torch 2.13.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 try:
     import torchao.optim
     from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
@@ -13,6 +20,7 @@ except ImportError:
     ) from None
 
 BLOCK = 64  # numbers that share a scale; dim is often a multiple of it, and so is the size of each table then
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 QMAPS = {"exp_avg": (get_qmap_signed, True), "exp_avg_sq": (get_qmap_unsigned, False)}  # is it signed?
 
 
@@ -24,8 +32,9 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         super().__init__(groups, lr=lr, betas=betas, block_size=BLOCK)
 
     def step(self) -> None:
-        # torchao compiles this step, for which not every machine has a compiler.
-        with torch.compiler.set_stance("force_eager"):
+        # torchao compiles its step. Where there is no compiler of C++, the step of a large table takes fifty
+        # times as long and many times the memory.
+        with nullcontext() if HAS_COMPILER else torch.compiler.set_stance("force_eager"):
             super().step()
 
     def state_dict(self) -> dict:

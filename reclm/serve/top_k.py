@@ -8,7 +8,7 @@ FEW = 4  # persons
 
 def score_items(hidden: np.ndarray, table: np.ndarray) -> np.ndarray:
     """User embeddings (B, D) and item factors (V, D), float32 -> scores (B, V), their dot products. A table
-    that is no array (trained.SmallTable, pq.PQTable) computes them itself."""
+    that is no array (small_tables.SmallTable, PQTable) computes them itself."""
     if not isinstance(table, np.ndarray):
         return table.scores(hidden)
     if len(hidden) <= FEW and table.nbytes > IN_CACHE:

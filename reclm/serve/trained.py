@@ -23,7 +23,7 @@ from reclm.run.report import describe_rounding
 from reclm.serve.about import About
 from reclm.serve.catalogue import Catalogue
 from reclm.serve.person import Reads
-from reclm.serve.pq import PQTable
+from reclm.serve.small_tables import PQTable, SmallTable
 
 Opened = tuple["TorchEngine", Catalogue, Reads, About, Path | None]
 
@@ -110,27 +110,6 @@ def describe_training(state: dict) -> str:
         return "no whole epoch"
     name, value = choosing_metric(rows[0], "valid/")
     return f"epoch {rows[0]['epoch']} (validation {name} {value:.4f})"
-
-
-class SmallTable:
-    """A quantized item table. Of the array (V, D) that it stands for: its length, its rows by number, and its
-    product with user embeddings."""
-
-    def __init__(self, items: nn.Module):
-        self.items, self.device = items, items.codes.device
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @torch.inference_mode()
-    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        """Item numbers (...) -> (..., D)"""
-        return self.items(torch.as_tensor(numbers, device=self.device)).cpu().numpy()
-
-    @torch.inference_mode()
-    def scores(self, hidden: np.ndarray) -> np.ndarray:
-        """(B, D) -> (B, V)"""
-        return self.items.scores(torch.from_numpy(hidden).to(self.device)).cpu().numpy()
 
 
 class TorchEngine:

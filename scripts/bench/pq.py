@@ -53,8 +53,8 @@ from reclm.run.report import stamp
 from reclm.serve import Catalogue, Filters, Person, Recommender
 from reclm.serve.about import About
 from reclm.serve.person import Reads
-from reclm.serve.pq import PQTable
 from reclm.serve.recommender import AT_ONCE
+from reclm.serve.small_tables import PQTable
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "pq.json"

@@ -37,8 +37,8 @@ from reclm.adapt.quantize import BITS, QuantizedTable, num_bytes
 from reclm.errors import UserError, run_script
 from reclm.run.logger import say
 from reclm.serve import Recommender
+from reclm.serve.small_tables import SmallTable
 from reclm.serve.top_k import score_items, top_k
-from reclm.serve.trained import SmallTable
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "shrink.json"

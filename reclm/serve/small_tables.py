@@ -1,11 +1,11 @@
-"""The item factors of a model with --item_table=pq, as Recommender uses them, without the array (V, D)."""
+"""Item factors that are codes, as Recommender uses them, without the array (V, D)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from reclm.errors import UserError
 from reclm.nn.pq import PQEmbedding
@@ -17,22 +17,36 @@ ITEMS_AT_ONCE = 2**13  # whose scores, of all persons, should stay in the cache
 LOOKED_UP = 2**16  # items whose sub-scores are looked up in one table before the next one
 
 
-class PQTable:
-    """Stands for the array (V, D): its rows by number, its length, its products, and the best of these."""
+class SmallTable:
+    """A quantized item table. Of the array (V, D) that it stands for: its length, its rows by number, and its
+    products with user embeddings."""
 
-    def __init__(self, items: PQEmbedding):
-        self.items, self.codes = items, items.codes.cpu().numpy()
+    def __init__(self, items: nn.Module):
+        self.items, self.device = items, items.codes.device
 
     def __len__(self) -> int:
         return len(self.items)
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.items.codes.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     @torch.inference_mode()
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        """Item numbers (n,) -> (n, D)"""
-        return self.items(self.to_device(numbers)).cpu().numpy()
+        """Item numbers (...) -> (..., D)"""
+        return self.items(torch.as_tensor(numbers, device=self.device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def scores(self, hidden: np.ndarray) -> np.ndarray:
+        """User embeddings (B, D) -> (B, V)"""
+        return self.items.scores(self.to_device(hidden)).cpu().numpy()
+
+
+class PQTable(SmallTable):
+    """One of --item_table=pq, which also finds the best items without the scores of all."""
+
+    def __init__(self, items: PQEmbedding):
+        super().__init__(items)
+        self.codes = items.codes.cpu().numpy()
 
     @torch.inference_mode()
     def scores(self, hidden: np.ndarray) -> np.ndarray:
