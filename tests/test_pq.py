@@ -18,8 +18,7 @@ from reclm.nn import pq
 from reclm.nn.losses import LOSSES, Excluded, exclude_negatives, score_items
 from reclm.nn.pq import PQEmbedding, assign_codes, choose_centroids, item_factors
 from reclm.run.optim import build_optimizer
-from reclm.serve import Recommender
-from reclm.serve import pq as serve_pq
+from reclm.serve import Recommender, small_tables
 from reclm.serve.small_tables import PQTable
 from reclm.serve.top_k import top_k
 
@@ -136,8 +135,8 @@ def test_a_step_makes_nothing_with_a_row_per_item(loss):
 
 @pytest.mark.parametrize(("codes", "centroids"), [(4, 8), (16, 256), (1, 9), (3, 20)])
 def test_scores_of_one_person_by_pairs_of_codes(codes, centroids, monkeypatch):
-    monkeypatch.setattr(serve_pq, "MANY", 0)
-    monkeypatch.setattr(serve_pq, "LOOKED_UP", 70)
+    monkeypatch.setattr(small_tables, "MANY", 0)
+    monkeypatch.setattr(small_tables, "LOOKED_UP", 70)
     items = table(300, dim=48, pq_codes=codes, pq_centroids=centroids, n_heads=2).float()
     hidden = np.random.default_rng(0).standard_normal((2, 48), dtype=np.float32)
     scores = PQTable(items).scores(hidden)
@@ -147,8 +146,8 @@ def test_scores_of_one_person_by_pairs_of_codes(codes, centroids, monkeypatch):
 @pytest.mark.parametrize("k", [1, 7, 400])
 def test_the_best_of_many_persons(k, monkeypatch):
     """Without a (B, V), against all scores, with many ties: as top_k, lower numbers first."""
-    monkeypatch.setattr(serve_pq, "BLOCK", 16)
-    monkeypatch.setattr(serve_pq, "ITEMS_AT_ONCE", 64)
+    monkeypatch.setattr(small_tables, "BLOCK", 16)
+    monkeypatch.setattr(small_tables, "ITEMS_AT_ONCE", 64)
     rng, items = np.random.default_rng(0), table(300, pq_codes=2, pq_centroids=4).float()
     items.weight.data.mul_(4).round_().div_(4)  # so that no sum is rounded
     hidden = rng.integers(-4, 5, (7, 16)).astype(np.float32)
