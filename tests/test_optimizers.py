@@ -313,6 +313,15 @@ def test_two_processes_keep_the_same_weights(name, tmp_path):
             torch.testing.assert_close(weight, two[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("flags", [{"optimizer": "muon"}, {"table_optimizer": "rowwise_adagrad"}])
+@pytest.mark.parametrize("trained", ["table", "layer"])
+def test_a_part_of_the_model_may_be_frozen(flags, trained):
+    model = toy().requires_grad_(False)
+    model[trained].requires_grad_(True)
+    optimizer = build_optimizer(model, TrainConfig(**flags))
+    assert [w for group in optimizer.param_groups for w in group["params"]] == [model[trained].weight]
+
+
 def test_a_checkpoint_of_one_optimizer_is_refused_by_another(tmp_path):
     write_csv(tmp_path / "tiny.csv")
     here(*FLAGS, "--out_dir=run", cwd=tmp_path).ok()

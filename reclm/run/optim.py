@@ -57,6 +57,10 @@ def adalomo(groups: list[dict], cfg: TrainConfig) -> InBackward:
     return InBackward(adafactor(groups, cfg), 0.0)
 
 
+def rowwise_adagrad(groups: list[dict], cfg: TrainConfig) -> RowwiseAdagrad:
+    return RowwiseAdagrad(groups, lr=cfg.table_lr)
+
+
 OPTIMIZERS = {
     "adamw": adamw,
     "adamw8bit": adamw8bit,
@@ -90,13 +94,14 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer
     build, parts = choose("optimizer", cfg.optimizer, OPTIMIZERS), []
     if cfg.table_optimizer != "same":
         of_tables, groups = split(groups, lambda weight: id(weight) in tables)
-        parts.append(RowwiseAdagrad(of_tables, lr=cfg.table_lr))
+        parts.append((rowwise_adagrad, of_tables))
     if cfg.optimizer in FOR_MATRICES:
         of_matrices, groups = split(groups, lambda weight: weight.dim() == 2 and id(weight) not in tables)
-        parts.append(build(of_matrices, cfg))
+        parts.append((build, of_matrices))
         build = adamw
-    parts.append(build(groups, cfg))
-    optimizer = parts[0] if len(parts) == 1 else Together(parts)
+    parts.append((build, groups))
+    optimizers = [build(groups, cfg) for build, groups in parts if groups]  # all may be frozen but tables
+    optimizer = optimizers[0] if len(optimizers) == 1 else Together(optimizers)
     for group in optimizer.param_groups:
         group["lr_factor"] = float(group["lr"]) / cfg.lr
     return optimizer
