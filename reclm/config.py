@@ -28,7 +28,13 @@ from reclm.settings import (
     setting,
 )
 
-USUAL_LR = {"adafactor": 0.2, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}  # those of the others: 3e-3
+USUAL_LR = {
+    "adafactor": 0.2,
+    "muon": 0.01,
+    "sophia": 3e-4,
+    "lomo": 1.0,
+    "adalomo": 0.2,
+}  # those of the others: 3e-3
 
 
 @dataclass
@@ -218,7 +224,7 @@ class TrainConfig:
     adamw .003]"""
     table_optimizer: Literal["same", "rowwise_adagrad"] = setting("same", "trajectory", FULL_GRADIENT)
     """rowwise_adagrad = train the embeddings by Adagrad with one number of state per row"""
-    table_lr: float = setting(0.1, "trajectory", {"table_optimizer": ("rowwise_adagrad",)})
+    table_lr: float = setting(0.2, "trajectory", {"table_optimizer": ("rowwise_adagrad",)})
     """learning rate of table_optimizer=rowwise_adagrad"""
     weight_decay: float = setting(0.01, "trajectory")
     """weight decay of all matrices but embeddings; norm gains and biases have none"""

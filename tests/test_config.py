@@ -129,7 +129,7 @@ IDLE = [  # a setting that has no effect with these others
     ({"filter_seen": False}, {"task": "ctr"}),
     ({"item_table": "pq"}, {"task": "ctr"}),
     ({"table_optimizer": "rowwise_adagrad"}, {"optimizer": "lomo"}),
-    ({"table_lr": 0.2}, {"table_optimizer": "same"}),
+    ({"table_lr": 0.5}, {"table_optimizer": "same"}),
     ({"clip_norm": 0.5}, {"optimizer": "adalomo"}),
     ({"adapter_rank": 4}, {"adapter": "none"}),
     ({"adapter_targets": "wq"}, {"adapter": "none"}),
