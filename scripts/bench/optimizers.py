@@ -199,7 +199,7 @@ def main() -> None:
     for part in parts:
         measure_part, row = PARTS[part]
         results = record.get(part, {}).get("results", {}) | measure_part(args, part)
-        rows = [row(name, result) for name, result in results.items()]
+        rows = [row(name, results[name]) for name in VARIANTS | UNCLIPPED if name in results]
         say(f"{part}\n\n{as_table(rows)}\n")
         record[part] = stamp() | {"results": results, "table": rows}
         text = json.dumps(record, indent=1) + "\n"
