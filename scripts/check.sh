@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
-python -m pytest "$@"
+python -m pytest -n auto --dist=loadfile "$@"
 if [ -n "${FUZZ:-}" ]; then
     python scripts/fuzz.py --seconds="$FUZZ"
 fi

@@ -40,7 +40,7 @@ def commands_of(page):
 
 def flag_names():
     """Of main.py, torchrun and all scripts."""
-    names = FIELDS.keys() | {"standalone", "nproc_per_node", "config", "help"}
+    names = FIELDS.keys() | {"standalone", "nproc_per_node", "dist", "config", "help"}
     for script in (ROOT / "scripts").rglob("*.py"):
         names |= set(re.findall(r'\badd(?:_argument)?\(\s*"--(\w+)"', script.read_text()))
     return names
@@ -161,7 +161,12 @@ def test_the_commands_of_shrink(folder):
 
 
 def test_every_command_is_tried_or_is_the_test_command():
-    known = {COMMANDS[0], COMMANDS[1], SERVE, "pip install -r requirements-dev.txt && pytest"}
+    known = {
+        COMMANDS[0],
+        COMMANDS[1],
+        SERVE,
+        "pip install -r requirements-dev.txt && pytest -n auto --dist=loadfile",
+    }
     tried = ("clicks.csv", "recommend.py")
     assert {line for line in COMMANDS if not any(name in line for name in tried)} == known
 
