@@ -28,16 +28,16 @@ def write_run(folder, curve, ndcg):
 
 def test_a_training_is_run_once(tmp_path, monkeypatch):
     flags = TINY_FLAGS | {"dataset": write_csv(tmp_path / "tiny.csv"), "num_epochs": 2}
-    folder = trainings.trained(tmp_path / "run", flags)
+    folder = trainings.trained(tmp_path / "run", trainings.as_flags(flags | {"data_dir": None}))
     assert [epoch for epoch, _ in enumerate(trainings.curve(folder))] == [0, 1]
     assert 0 <= trainings.test_metrics(folder)["NDCG@10"] <= 1
     monkeypatch.setattr(trainings.subprocess, "run", pytest.fail)
-    assert trainings.trained(folder, {}) == folder
+    assert trainings.trained(folder, []) == folder
 
 
 def test_a_training_that_fails_says_why(tmp_path):
     with pytest.raises(UserError, match=r"--dim=7.* failed \(exit 2\):\nerror: --dim=7 must be a multiple"):
-        trainings.trained(tmp_path / "run", {"dim": 7})
+        trainings.trained(tmp_path / "run", ["--dim=7"])
 
 
 def test_the_seconds_of_a_curve_add_up(tmp_path):

@@ -68,6 +68,8 @@ class Recommender:
         person may name one of the `adapters` of a checkpoint (reclm/adapt/lora.py); the adapter `merged` is
         used for all. Raises UserError if a file is missing, damaged or of another kind."""
         path = Path(path)
+        if adapters and quantize != "none":
+            raise UserError(f"adapters change float32 weights: leave out --quantize={quantize}")
         if path.is_dir() and (adapters or merged):
             raise UserError(f"an adapter needs the checkpoint it was trained from, not the folder {path}")
         if (path / "model.safetensors").is_file():
@@ -83,8 +85,6 @@ class Recommender:
         from reclm.serve.trained import open_checkpoint, put_adapters
 
         recommender = cls(*open_checkpoint(path, device, quantize, merged))
-        if adapters and quantize != "none":
-            raise UserError(f"adapters change float32 weights: leave out --quantize={quantize}")
         if adapters:
             recommender.adapters = put_adapters(recommender.engine, path, adapters)
         return recommender

@@ -24,7 +24,7 @@ import torch
 from measure import seconds, show
 from results import spread
 from torch import Tensor
-from trainings import ROOT, test_metrics, trained
+from trainings import ROOT, as_flags, test_metrics, trained
 
 from model import SequenceRecommender
 from reclm.config import LossConfig, ModelConfig
@@ -102,10 +102,10 @@ def quality(args: argparse.Namespace) -> list[dict]:
     """One row per entry of QUALITY."""
     rows = []
     for name, flags in QUALITY.items():
-        given = {"config": "configs/speedrun.yaml", "n_heads": 4, **flags}
+        given = {"config": "configs/speedrun.yaml", "n_heads": 4, **flags, "data_dir": args.data_dir}
         words = "-".join(f"{key}={value}" for key, value in flags.items()) or "base"
         folders = [
-            trained(args.runs / f"{words}-seed{seed}", given | {"seed": seed}, args.data_dir)
+            trained(args.runs / f"{words}-seed{seed}", as_flags(given | {"seed": seed}))
             for seed in args.seeds
         ]
         tests = [test_metrics(folder) for folder in folders]

@@ -36,7 +36,7 @@ import torch
 from costs import ML_1M, alone, made_up, new_run, step
 from measure import summary
 from results import as_table, spread
-from trainings import ROOT, curve, test_metrics, trained
+from trainings import ROOT, as_flags, curve, test_metrics, trained
 
 from reclm.config import build_config
 from reclm.errors import UserError, run_script
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace, name: str, rate: float, seed: int, **more) -
     flags, which, _ = VARIANTS[name]
     folder = args.runs / "-".join([name, f"{rate:g}", f"seed{seed}", *(f"{k}={v}" for k, v in more.items())])
     given = {"config": "configs/speedrun.yaml", **flags, which: rate, "seed": seed, **more}
-    return trained(folder, given, args.data_dir)
+    return trained(folder, as_flags(given | {"data_dir": args.data_dir}))
 
 
 def rates(args: argparse.Namespace, part: str) -> dict:

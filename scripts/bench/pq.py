@@ -20,7 +20,6 @@ record: parts that are measured again are replaced, the others stay. Linux only.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ import numpy as np
 import torch
 from measure import say, show
 from results import read_results, spread
+from trainings import ROOT, trained
 
 from evaluate import evaluate
 from model import SequenceRecommender
@@ -56,7 +56,6 @@ from reclm.serve.person import Reads
 from reclm.serve.recommender import AT_ONCE
 from reclm.serve.small_tables import PQTable
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "configs" / "records" / "pq.json"
 SIZES = [(64, 4), (64, 8), (128, 8), (256, 8), (256, 16)]  # (dim, pq_codes) of bytes and ranking
 GROUP, NEAR, LATENT = 100, 10, 8  # items of a group, groups of a user, dimensions in which they lie
@@ -96,15 +95,8 @@ def ml_1m(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> str:
     """The folder of a finished run. Raises UserError where main.py fails."""
     folder = args.runs / f"{name.replace(', ', '-').replace(' = ', '')}-{seed}"
-    if not (folder / "result.json").is_file():
-        given = ["--config=configs/speedrun.yaml", *flags, f"--seed={seed}", f"--out_dir={folder.resolve()}"]
-        command = [*measure.launcher(args.processes), "main.py", *given, *args.flags, "--resume=auto"]
-        say(f"training {folder} ...")
-        threads = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        ran = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True)
-        if ran.returncode:
-            raise UserError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
-    return str(folder)
+    given = ["--config=configs/speedrun.yaml", *flags, f"--seed={seed}", *args.flags]
+    return str(trained(folder, given, args.processes))
 
 
 def epochs_of(folder: str) -> list[float]:
@@ -292,13 +284,13 @@ def quality(args: argparse.Namespace) -> dict:
     tables = {"dense": ("dense", 4), "pq, m = 4": ("pq", 4), "pq, m = 8": ("pq", 8)}
     rows = []
     for name, (table, codes) in tables.items():
-        rows.append({"table": name} | costs.alone(trained, table, codes, args))
+        rows.append({"table": name} | costs.alone(train_made_up, table, codes, args))
         show("quality", rows[-1:])
     sizes = {"items": args.items, "users": args.users, "epochs": args.epochs}
     return {"rows": rows} | sizes | {"actions": len(dataset.item_ids), "items trained on": used}
 
 
-def trained(table: str, codes: int, args: argparse.Namespace) -> dict[str, str]:
+def train_made_up(table: str, codes: int, args: argparse.Namespace) -> dict[str, str]:
     """NDCG@10 of the test items of RANKED users after --epochs, and the seconds of the steps alone"""
     torch.set_num_threads(1)
     keep_freed_memory()

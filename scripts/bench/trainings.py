@@ -3,26 +3,35 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import measure
+
 from reclm.errors import UserError
+from reclm.run.logger import say
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(folder: Path, flags: dict, data_dir: str | None = None) -> Path:
-    """Train into `folder`, in one process of one thread, unless it holds a finished run. Returns the folder;
-    `flags` are {name: value} of main.py. Raises UserError with the end of its output if it fails."""
+def trained(folder: Path, flags: list[str], processes: int = 1) -> Path:
+    """Train into `folder` with these flags of main.py, one thread per process, unless it holds a finished
+    run; an interrupted one goes on. Returns the folder. Raises UserError with the end of what a run that
+    fails has printed."""
     if (folder / "result.json").is_file():
         return folder
-    given = flags | {"out_dir": folder} | ({"data_dir": data_dir} if data_dir else {})
-    command = [sys.executable, "main.py", *(f"--{name}={value}" for name, value in given.items())]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, errors="replace")
+    say(f"training {folder} ...")
+    where = [f"--out_dir={folder.resolve()}", "--resume=auto"]
+    command = [*measure.launcher(processes), "main.py", *flags, *where]
+    threads = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed (exit {done.returncode}):\n{done.stderr[-2000:]}")
     return folder
+
+
+def as_flags(settings: dict) -> list[str]:
+    """{name: value} -> ["--name=value", ...], without those that are None"""
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def test_metrics(folder: Path) -> dict[str, float]:
