@@ -60,10 +60,18 @@ def test_the_rate_is_chosen_on_validation(tmp_path):
     here(*flags, f"--out={out}", cwd=tmp_path, program=program).ok()
     record = read_json(out)
     assert record["rates"]["results"] == {"adamw": {"0.006": 0.12, "0.01": 0.15, "0.02": 0.14}}
-    assert record["quality"]["results"]["adamw"] == {
-        "rate": "0.01", "NDCG@10": [0.21, 0.19], "HR@10": [0.42, 0.38], "epochs to 0.17": [2], "seeds": 2,
-    }  # fmt: skip
+    of_seeds = {
+        "0": {"NDCG@10": 0.21, "HR@10": 0.42, "epochs": 2},
+        "5": {"NDCG@10": 0.19, "HR@10": 0.38, "epochs": None},
+    }
+    assert record["quality"]["results"]["adamw"] == {"0.01": of_seeds}
     assert record["quality"]["table"][0]["test NDCG@10"] == ".2000 ± .0141"
+    assert record["quality"]["table"][0]["epochs to 0.17 on validation"] == "not reached"
+    write_run(tmp_path / "runs" / "adamw-0.01-seed7", [0.16, 0.18], 0.23)
+    here(*flags[:1], "--parts=quality", "--only", "adamw", "--seeds", "7", f"--out={out}",
+         cwd=tmp_path, program=program).ok()  # fmt: skip
+    of_seeds["7"] = {"NDCG@10": 0.23, "HR@10": 0.46, "epochs": 2}
+    assert read_json(out)["quality"]["results"]["adamw"] == {"0.01": of_seeds}, "seeds are added"
     failed = here("--parts=none", cwd=tmp_path, program=program)
     assert failed.code == 2 and "--parts must be of small, large" in failed.errors[0]
 

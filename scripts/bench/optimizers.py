@@ -8,13 +8,13 @@ small    bytes of state per weight, peak MiB of training, ms per step: settings 
          synthetic sequences of about MovieLens-1M's size
 large    the same with a million items, the default loss and T = 50
 rates    best validation NDCG@10 of configs/speedrun.yaml cut to three epochs, by learning rate, seed 0
-quality  test NDCG@10 of configs/speedrun.yaml at the best of these rates, over --seeds
+quality  test NDCG@10 of configs/speedrun.yaml at the best rate in the record, over --seeds
 
 Steps are measured in a new process of one thread per optimizer and round, so that the peak is its own; rounds
 alternate between the optimizers. ms is the mean of 20 steps, since not all cost the same. MiB is the peak of
 resident memory, less that before the model was built: weights, gradients, state and activations. Trainings
-take one process and one thread each, about 8 minutes a seed; those that --runs holds are not repeated,
-so several machines or cores can share the work. Linux only.
+take one process and one thread each, about 8 minutes a seed; those that --runs holds are not repeated. What
+is measured is added to the record: optimizers and seeds that it has stay there. Linux only.
 """
 
 import sys
@@ -28,6 +28,7 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 from itertools import cycle, islice
 
 import measure  # before torch
@@ -51,7 +52,12 @@ VARIANTS = {  # name: flags, the flag of the learning rate that is chosen, and i
     "adamw8bit": ({"optimizer": "adamw8bit"}, "lr", (6e-3, 1e-2, 2e-2)),
     "adafactor": ({"optimizer": "adafactor"}, "lr", (6e-2, 2e-1, 6e-1)),
     "rowwise_adagrad": ({"table_optimizer": "rowwise_adagrad", "lr": 1e-2}, "table_lr", (6e-2, 0.2, 0.6)),
-    "muon": ({"optimizer": "muon"}, "lr", (6e-3, 1e-2, 2e-2)),
+    "muon": ({"optimizer": "muon"}, "lr", (1e-2, 2e-2, 4e-2)),
+    "muon, rowwise_adagrad": (
+        {"optimizer": "muon", "table_optimizer": "rowwise_adagrad", "lr": 2e-2},
+        "table_lr",
+        (6e-2, 0.2, 0.6),
+    ),
     "sophia": ({"optimizer": "sophia"}, "lr", (3e-4, 1e-3, 3e-3)),
     "lomo": ({"optimizer": "lomo"}, "lr", (0.3, 1.0, 3.0)),
     "adalomo": ({"optimizer": "adalomo"}, "lr", (6e-2, 2e-1, 6e-1)),
@@ -70,7 +76,7 @@ STEPS = 20
 # ---------------------------------------------------------------- steps
 
 
-def costs(args: argparse.Namespace, part: str) -> dict[str, dict]:
+def costs(part: str, args: argparse.Namespace, record: dict) -> dict[str, dict]:
     """{optimizer: {"bytes", "MiB", "ms": `summary`}}"""
     settings, *data = SIZES[part]
     rounds = {name: [] for name in args.only}
@@ -82,10 +88,15 @@ def costs(args: argparse.Namespace, part: str) -> dict[str, dict]:
         for name, rows in rounds.items():
             flags = (VARIANTS | UNCLIPPED)[name][0]
             rows.append(alone(cost, settings | flags, *data))
-    return {
+    return known(record, part) | {
         name: {column: summary([row[column] for row in rows]) for column in rows[0]}
         for name, rows in rounds.items()
     }
+
+
+def known(record: dict, part: str) -> dict:
+    """{optimizer: what a record has of it}"""
+    return record.get(part, {}).get("results", {})
 
 
 def costs_row(name: str, costs: dict) -> dict:
@@ -121,16 +132,18 @@ def cost(flags: dict, items: int, users: int, length: int) -> dict[str, float]:
 def train(args: argparse.Namespace, name: str, rate: float, seed: int, **more) -> Path:
     """The folder of a finished training."""
     flags, which, _ = VARIANTS[name]
-    folder = args.runs / "-".join([name, f"{rate:g}", f"seed{seed}", *(f"{k}={v}" for k, v in more.items())])
+    folder = args.runs / "-".join(
+        [name.replace(", ", "+"), f"{rate:g}", f"seed{seed}", *(f"{k}={v}" for k, v in more.items())]
+    )
     given = {"config": "configs/speedrun.yaml", **flags, which: rate, "seed": seed, **more}
     return trained(folder, as_flags(given | {"data_dir": args.data_dir}))
 
 
-def rates(args: argparse.Namespace, part: str) -> dict:
+def rates(args: argparse.Namespace, record: dict) -> dict:
     """{optimizer: {learning rate: best validation NDCG@10 of a short training}}"""
-    found = {}
+    found = dict(known(record, "rates"))
     for name in args.only:
-        found[name] = {}
+        found[name] = dict(found.get(name, {}))
         for rate in VARIANTS[name][2]:
             folder = train(args, name, rate, 0, num_epochs=SHORT)
             found[name][f"{rate:g}"] = max(score for _, score in curve(folder))
@@ -143,38 +156,44 @@ def rates_row(name: str, by_rate: dict) -> dict:
     return {"optimizer": name, f"`--{VARIANTS[name][1]}`: validation NDCG@10": scores}
 
 
-def quality(args: argparse.Namespace, part: str) -> dict:
-    """{optimizer: {"rate", "NDCG@10", "HR@10", "epochs to GOAL": one of each seed}} at the best rate of
-    `rates`; the epochs of seeds that do not reach GOAL on validation are absent."""
-    found = {}
-    for name, by_rate in rates(args, part).items():
-        best = max(by_rate, key=by_rate.get)
-        folders = [train(args, name, float(best), seed) for seed in args.seeds]
-        tests = [test_metrics(folder) for folder in folders]
-        curves = [[score for _, score in curve(folder)] for folder in folders]
-        reached = [
-            [score >= GOAL for score in scores].index(True) + 1 for scores in curves if max(scores) >= GOAL
-        ]
-        found[name] = {"rate": best} | {m: [test[m] for test in tests] for m in ("NDCG@10", "HR@10")}
-        found[name] |= {f"epochs to {GOAL}": reached, "seeds": len(args.seeds)}
-        say(f"{name}, rate {best}: test NDCG@10 {statistics.mean(found[name]['NDCG@10']):.4f}")
+def quality(args: argparse.Namespace, record: dict) -> dict:
+    """{optimizer: {rate: {seed: {"NDCG@10", "HR@10", "epochs"}}}} at the best rate of `rates`; epochs are
+    those to GOAL on validation, None if it is not reached."""
+    found, tried = dict(known(record, "quality")), known(record, "rates")
+    for name in args.only:
+        if name not in tried:
+            raise UserError(f"the record has no rates of {name}: use --parts=rates,quality")
+        best = max(tried[name], key=tried[name].get)
+        found[name] = {best: dict(found.get(name, {}).get(best, {}))}  # none of another rate
+        for seed in args.seeds:
+            folder = train(args, name, float(best), seed)
+            test = test_metrics(folder)
+            reached = [epoch for epoch, (_, score) in enumerate(curve(folder), 1) if score >= GOAL]
+            found[name][best][str(seed)] = {m: test[m] for m in ("NDCG@10", "HR@10")} | {
+                "epochs": reached[0] if reached else None
+            }
+            say(f"{name}, rate {best}, seed {seed}: test NDCG@10 {test['NDCG@10']:.4f}")
     return found
 
 
 def quality_row(name: str, found: dict) -> dict:
-    epochs = found[f"epochs to {GOAL}"]
+    [(rate, seeds)] = found.items()
+    tests = list(seeds.values())
+    epochs = [test["epochs"] for test in tests]
     return {
         "optimizer": name,
-        "rate": found["rate"],
-        **{f"test {metric}": spread(found[metric]) for metric in ("NDCG@10", "HR@10")},
-        "seeds": found["seeds"],
-        f"epochs to {GOAL} on validation": statistics.mean(epochs) if epochs else "not reached",
+        "rate": rate,
+        **{f"test {m}": spread([test[m] for test in tests]) for m in ("NDCG@10", "HR@10")},
+        "seeds": len(tests),
+        f"epochs to {GOAL} on validation": "not reached"
+        if None in epochs
+        else f"{statistics.mean(epochs):.1f}",
     }
 
 
 PARTS = {  # name: what measures it, and a row of its table
-    "small": (costs, costs_row),
-    "large": (costs, costs_row),
+    "small": (partial(costs, "small"), costs_row),
+    "large": (partial(costs, "large"), costs_row),
     "rates": (rates, rates_row),
     "quality": (quality, quality_row),
 }
@@ -198,7 +217,7 @@ def main() -> None:
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     for part in parts:
         measure_part, row = PARTS[part]
-        results = record.get(part, {}).get("results", {}) | measure_part(args, part)
+        results = measure_part(args, record)
         rows = [row(name, results[name]) for name in VARIANTS | UNCLIPPED if name in results]
         say(f"{part}\n\n{as_table(rows)}\n")
         record[part] = stamp() | {"results": results, "table": rows}
