@@ -47,7 +47,8 @@ def of_the_item_table(cfg) -> None:
     others = {
         "item_features": cfg.model.item_features,
         "cold_items": cfg.data.cold_items,
-        "init_from": cfg.train.init_from,
+        "init_match": cfg.train.init_match == "none" and cfg.train.init_match,
+        "adapter": cfg.adapt.adapter != "none" and cfg.adapt.adapter,
         "qat": cfg.train.qat != "none" and cfg.train.qat,
         "optimizer": cfg.train.optimizer == "sophia" and cfg.train.optimizer,
     }

@@ -347,7 +347,8 @@ def test_it_is_no_page(runs, tmp_path):
         ({"item_features": "genres"}, "--item_features=genres"),
         ({"item_features": "genres", "id_dropout": 0.1}, "--item_features=genres"),
         ({"cold_items": 0.1}, "--cold_items=0.1 needs"),
-        ({"init_from": "best.pth"}, "--init_from=best.pth needs"),
+        ({"init_from": "best.pth", "init_match": "none"}, "--init_match=none needs"),
+        ({"init_from": "best.pth", "adapter": "lora"}, "--adapter=lora needs"),
         ({"item_table": "dense", "pq_codes": 4}, "--pq_codes=4 has no effect with --item_table=dense"),
         ({"item_table": "dense", "pq_centroids": 4}, "--pq_centroids=4 has no effect"),
     ],
@@ -372,6 +373,54 @@ def test_no_other_table_is_started_from(runs):
     assert shown.code == 2 and "has no vector per item" in shown.errors[0] and len(shown.errors) == 1
     shown = here("--eval_only=true", "--out_dir=one", "--item_table=dense", cwd=runs)
     assert shown.code == 2 and "--item_table=dense contradicts" in shown.errors[0]
+
+
+def test_a_dense_table_is_started_from(runs):
+    """Its items have codes and the sub-vectors nearest to their parts; the other weights are the same."""
+    flags = ["--dataset=actions.csv", *TINY, "--dropout=0"]
+    here(*flags, "--num_epochs=1", "--out_dir=dense", cwd=runs).ok()
+    flags = ["--dataset=actions.csv", *FLAGS, "--dropout=0", "--lr=1e-9", "--init_from=dense/best.pth"]
+    shown = here(*flags, "--out_dir=from-one", cwd=runs).ok()
+    assert "started from dense/best.pth" in shown.stdout and "new: none" in shown.stdout
+    assert "item vectors are now 4 codes each" in shown.stdout
+    torchrun(2, *flags, "--out_dir=from-two", cwd=runs).ok()
+    dense, one, two = (
+        read_state(runs / name / "last.pth")["model"] for name in ("dense", "from-one", "from-two")
+    )
+    assert torch.equal(one["item_embedding.codes"], two["item_embedding.codes"])
+    items = PQEmbedding(
+        len(one["item_embedding.codes"]), ModelConfig(**PQ | {"dim": one["norm.weight"].numel()})
+    )
+    items.load_state_dict({name: one[f"item_embedding.{name}"] for name in ("weight", "codes")})
+    vectors = dense["item_embedding.weight"]
+    lost = (items.dense() - vectors).square().sum() / vectors.square().sum()
+    assert 0 < lost < 0.6
+    for name in one.keys() - {"item_embedding.weight", "item_embedding.codes"}:
+        torch.testing.assert_close(one[name], dense[name], atol=1e-6, rtol=0)
+
+
+def test_codes_are_those_of_the_nearest():
+    """As many sub-vectors as there are different parts lose nothing; with fewer, each code is the nearest."""
+    items = table(12, dim=8, pq_codes=2, pq_centroids=12, n_heads=2)
+    vectors = torch.randn(13, 8, dtype=torch.double)
+    vectors[0] = 0
+    items.load_state_dict(items.take(vectors, 0))
+    torch.testing.assert_close(items.dense(), vectors)
+    items = table(300, dim=8, pq_codes=2, pq_centroids=9, n_heads=2)
+    vectors = torch.randn(301, 8, dtype=torch.double)
+    items.load_state_dict(items.take(vectors, 0))
+    for j, sub_vectors in enumerate(items.sub_tables()):
+        distances = (vectors[1:, None, 4 * j : 4 * j + 4] - sub_vectors).norm(dim=2)
+        assert torch.equal(items.codes[1:, j].long(), distances.argmin(1))
+        means = [vectors[1:][items.codes[1:, j] == code, 4 * j : 4 * j + 4].mean(0) for code in range(9)]
+        assert (torch.stack(means) - sub_vectors).norm() < 0.5  # of Lloyd's last step but one
+
+
+def test_256_codes_are_read():
+    """A tensor of uint8 takes 256 for 0."""
+    items = table(300, pq_centroids=256)
+    assert items.codes.max() > 250
+    items.load_state_dict(items.state_dict())
 
 
 def test_codes_of_no_sub_vector_are_refused(runs, tmp_path):

@@ -2,8 +2,9 @@
 
 Item i has m codes, code_ij in 0 .. k - 1, and its vector is the concatenation of m sub-vectors of width
 D / m: number code_ij of sub-table j. The sub-vectors are trained; the codes are assigned before, by
-`assign_codes`. Instead of D floats an item takes m bytes, and a score is a sum of m numbers, of which there
-are m k per user vector, however many items there are (PQTopK, arXiv 2408.09992):
+`assign_codes` or, from a trained dense table, by `PQEmbedding.take`. Instead of D floats an item takes m
+bytes, and a score is a sum of m numbers, of which there are m k per user vector, however many items there are
+(PQTopK, arXiv 2408.09992):
 
     score_i = sum_j h_j . c_j[code_ij]
 
@@ -23,6 +24,7 @@ ITEMS_PER_CENTROID = 16  # at least, unless --pq_centroids says otherwise
 ITEMS_AT_ONCE = 2**12  # whose scores are summed at a time
 POSITIONS_AT_ONCE = 128  # of the softmax, whose scores of all items are held at a time
 OVERSAMPLING, ITERATIONS = 8, 4  # of the randomised SVD
+CLUSTERED, LLOYD_STEPS = 2**16, 25  # rows of k-means at most, and its iterations
 
 
 def choose_centroids(cfg: ModelConfig, num_items: int) -> int:
@@ -81,6 +83,16 @@ class PQEmbedding(nn.Embedding):
         scores[:, 0] = 0.0
         return scores
 
+    def take(self, table: Tensor, seed: int) -> dict[str, Tensor]:
+        """State of this module that is close to a dense table (V, D): in each sub-table the centroids of
+        k-means are the sub-vectors, and an item has the code of the nearest."""
+        generator = torch.Generator().manual_seed(seed)
+        codes, centroids = torch.zeros_like(self.codes, device="cpu"), []
+        for j, rows in enumerate(table.cpu()[1:].chunk(self.num_codes, dim=1)):
+            centroids.append(find_centroids(rows, self.num_centroids, generator))
+            codes[1:, j] = nearest(rows, centroids[-1])
+        return {"weight": torch.cat(centroids), "codes": codes}
+
     def softmax(self, hidden: Tensor, targets: Tensor, excluded: Excluded | None) -> Tensor:
         """The loss of reclm.nn.losses.softmax with this table."""
         return PQSoftmax.apply(hidden, self.weight, self, targets, *(excluded or (None, None, None)))
@@ -88,7 +100,9 @@ class PQEmbedding(nn.Embedding):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         """torch's, but codes of no sub-vector are errors: they would be read from another's memory."""
         codes = state_dict.get(f"{prefix}codes")
-        if codes is not None and codes.numel() and not 0 <= codes.min() <= codes.max() < self.num_centroids:
+        # As int, since a tensor of uint8 takes 256 for 0.
+        least, most = (int(codes.min()), int(codes.max())) if codes is not None and codes.numel() else (0, 0)
+        if least < 0 or most >= self.num_centroids:
             errors.append(f"codes are not below {self.num_centroids}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -157,6 +171,23 @@ def assign_codes(dataset: Dataset, cfg: ModelConfig, seed: int) -> Tensor:
         codes[1:, j] = quantiles[of_zero]
         codes[used[order], j] = quantiles
     return codes
+
+
+def find_centroids(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """(n, d) -> (k, d) by Lloyd's algorithm from k of the rows, on at most CLUSTERED of them."""
+    rows = rows[torch.randperm(len(rows), generator=generator)[: max(CLUSTERED, k)]]
+    centroids = rows[:k].clone()
+    for _ in range(LLOYD_STEPS):
+        codes = nearest(rows, centroids)
+        sizes = codes.bincount(minlength=k)[:, None]
+        sums = torch.zeros_like(centroids).index_add_(0, codes, rows)
+        centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)  # those of no row stay
+    return centroids
+
+
+def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
+    """(n, d), (k, d) -> (n,) the number of the nearest centroid of each row"""
+    return torch.cat([torch.cdist(part, centroids).argmin(1) for part in rows.split(ITEMS_AT_ONCE)])
 
 
 def item_factors(index: Tensor, size: tuple[int, int], rank: int, generator: torch.Generator) -> Tensor:

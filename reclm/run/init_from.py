@@ -15,6 +15,7 @@ from reclm.data.dataset import Dataset
 from reclm.data.grown import NAMES, Trained, check_splits, may_have_trained, other_codes, places
 from reclm.data.sources import FINDERS
 from reclm.errors import UserError
+from reclm.run import dist
 from reclm.run.checkpoint import USERS, load_checkpoint, read_trained
 from reclm.run.logger import say
 
@@ -46,14 +47,10 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     Vectors of items are copied as --init_match says and those of users by id, tables of codes and words only
     where these mean the same. Raises UserError if no item is shared or --dim differs, and if the checkpoint
     may have been trained on this run's test data."""
-    if not path.is_file():
-        raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
-    state, match = load_checkpoint(path), cfg.train.init_match
-    if match == "id":  # else users are others, and so are test rows
-        check_leak(path, state, cfg)
-    if state["config"].get("item_table", "dense") != "dense":
-        raise UserError(f"--init_from={path} has no vector per item (item_table=pq): choose another")
+    state, match = read_base(path, cfg), cfg.train.init_match
     weights, saved, said = model.state_dict(), dict(state["model"]), ""
+    if cfg.model.item_table == "pq":
+        weights[ITEMS] = model.item_embedding.dense()
     if saved[ITEMS].shape[1:] != weights[ITEMS].shape[1:]:
         raise UserError(
             f"--init_from={path} was trained with another --dim than {cfg.model.dim}: use the same"
@@ -76,6 +73,8 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     shared = {
         name: value for name, value in saved.items() if name in weights and value.shape == weights[name].shape
     }
+    if cfg.model.item_table == "pq":
+        said += as_codes(shared, model, cfg.train.seed)
     model.load_state_dict(shared, strict=False)
     missing = sorted(weights.keys() - shared.keys())
     new = ", ".join(dict.fromkeys(name.split(".")[0] for name in missing)) or "none"
@@ -83,6 +82,26 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     new_items = torch.from_numpy(np.flatnonzero(place < 0) + 1)
     print_of_it = hash_weights(state["model"]) if cfg.adapt.adapter != "none" else ""
     return Base("/".join(path.resolve().parts[-2:]), print_of_it, missing, new_items)
+
+
+def read_base(path: Path, cfg: Config) -> dict:
+    """The checkpoint to start from. Raises UserError where it is none."""
+    if not path.is_file():
+        raise UserError(f"--init_from={path}: no such file; give the path of a .pth file")
+    state = load_checkpoint(path)
+    if cfg.train.init_match == "id":  # else users are others, and so are test rows
+        check_leak(path, state, cfg)
+    if state["config"].get("item_table", "dense") != "dense":
+        raise UserError(f"--init_from={path} has no vector per item (item_table=pq): choose another")
+    return state
+
+
+def as_codes(shared: dict[str, Tensor], model: torch.nn.Module, seed: int) -> str:
+    """Replace vectors of items by codes and sub-vectors of --item_table=pq, in place. Returns what to say."""
+    table = shared.pop(ITEMS)
+    taken = dist.on_main(lambda: model.item_embedding.take(table, seed))
+    shared |= {f"item_embedding.{name}": value for name, value in taken.items()}
+    return f"; item vectors are now {model.item_embedding.num_codes} codes each"
 
 
 def find_items(path: Path, state: dict, dataset: Dataset, match: str) -> np.ndarray:

@@ -13,8 +13,8 @@ quality  test NDCG@10 of configs/speedrun.yaml at the best rate in the record, o
 Steps are measured in a new process of one thread per optimizer and round, so that the peak is its own; rounds
 alternate between the optimizers. ms is the mean of 20 steps, since not all cost the same. MiB is the peak of
 resident memory, less that before the model was built: weights, gradients, state and activations. Trainings
-take one process and one thread each, about 8 minutes a seed; those that --runs holds are not repeated. What
-is measured is added to the record: optimizers and seeds that it has stay there. Linux only.
+take one process and one thread each, about 8 minutes a seed. What is measured is added to the record --out;
+rates that it has and trainings that --runs holds are not repeated. Linux only.
 """
 
 import sys
@@ -145,6 +145,8 @@ def rates(args: argparse.Namespace, record: dict) -> dict:
     for name in args.only:
         found[name] = dict(found.get(name, {}))
         for rate in VARIANTS[name][2]:
+            if f"{rate:g}" in found[name]:
+                continue
             folder = train(args, name, rate, 0, num_epochs=SHORT)
             found[name][f"{rate:g}"] = max(score for _, score in curve(folder))
             say(f"{name}, rate {rate:g}: {found[name][f'{rate:g}']:.4f}")
