@@ -10,13 +10,14 @@ A batch is a dict of tensors, all that the model knows of the data:
     profiles   (B, P) int64   one code per profile field; with --profile_tokens
     actions, contexts (B, T) int64   one code per action; with --action_embedding; with a column `context`
   in training also
+    places     (B,)   int64   of each row in the batch of all processes
     targets    (B, T) int64   the item after each position; 0 if there is none or it is negative feedback
     negatives  (N,) or (B, T, N) int64   shared by the batch, or drawn per position
   in evaluation also
     target_ids (B,)   int64   the held-out item
   in evaluation, and in training with shared negatives and --exclude_history
     seen_items (B, L) int64   the whole history (in training: its training part), padded with 0
-  with --task=ctr, in place of these four, C candidates per history
+  with --task=ctr, in place of the last four, C candidates per history
     candidate_ids, candidate_times, candidate_contexts (B, C)   as above
     history_lengths (B, C) int64   how many actions of the row each candidate may attend to
     labels          (B, C) int64   0 or 1; -1 is padding
@@ -230,6 +231,7 @@ class TrainBatches:
         for step in range(first_step, len(composed)):
             rng = np.random.default_rng((self.cfg.seed, epoch, step))
             batch = self.sequences.build(composed[step], rng=rng)
+            batch["places"] = torch.arange(len(batch["lengths"]))
             num_targets = (batch[self.sequences.outcome] != self.sequences.nothing).sum()
             yield step, self.split(batch), int(num_targets)
 

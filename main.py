@@ -305,6 +305,7 @@ def accumulate_gradients(
     run.optimizer.zero_grad()  # here and not per micro-batch: each backward() below adds to the gradients
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
+        torch.manual_seed(torch.initial_seed())  # draws do not depend on how the batch is cut
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
         batch = relabel(run.model, batch) if relabel else batch
         last = i == len(micro_batches) - 1

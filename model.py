@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reclm.config import LossConfig, ModelConfig
 from reclm.data.dataset import Vocabulary
+from reclm.draws import Draws
 from reclm.errors import choose
 from reclm.nn.context import Context, KVCache, rotate, rotations
 from reclm.nn.heads import TIME_WEIGHT, CTRHead, TimeHead, ctr_loss, time_errors, time_loss
@@ -126,11 +127,11 @@ class Residual(nn.Module):
         self.gate = ZeroLinear(cfg.dim, cfg.dim, bias=False) if cfg.gated_residuals else None
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor, draws: Draws | None) -> Tensor:
         """(B, T, D), (B, T, D) -> (B, T, D)"""
         if self.gate is not None:
             branch = torch.sigmoid(self.gate(x)) * branch
-        return x + self.dropout(branch)
+        return x + self.dropout(branch, draws)
 
 
 class TransformerBlock(nn.Module):
@@ -148,8 +149,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:
         """(B, n, D) -> (B, Q, D)"""
-        x = self.attention_residual(ctx.queries(x), self.attention(self.attention_norm(x), ctx, cache))
-        return self.ffn_residual(x, self.feed_forward(self.ffn_norm(x)))
+        branch = self.attention(self.attention_norm(x), ctx, cache)
+        x = self.attention_residual(ctx.queries(x), branch, ctx.draws)
+        return self.ffn_residual(x, self.feed_forward(self.ffn_norm(x)), ctx.draws)
 
     def read(self, x: Tensor, ctx: Context, cache: KVCache) -> None:
         """Put the keys and values of tokens (B, n, D) into an empty cache; compute no output."""
@@ -248,17 +250,18 @@ class SequenceRecommender(nn.Module):
             last = batch["lengths"] - 1  # (B,)
             if queries is not None:
                 last = queries.gather(1, last[:, None])[:, 0]
-        hidden = self.through_blocks(self.embed(row, table), self.context(row), last=last)
+        draws = Draws.of(batch) if self.training else None
+        hidden = self.through_blocks(self.embed(row, table, draws), self.context(row, draws), last=last)
         if queries is not None and not last_only:
             hidden = hidden.gather(1, queries[..., None].expand(-1, -1, self.cfg.dim))  # (B, T, D)
         return self.add_user(hidden, batch)
 
-    def embed(self, row: dict[str, Tensor], table: Table) -> Tensor:
+    def embed(self, row: dict[str, Tensor], table: Table, draws: Draws | None = None) -> Tensor:
         """A row of token_ids (B, S) -> the input of the first block, (B, S, D)."""
         # Item rows have length 1, so scores start at order 1; times sqrt(D), so do the blocks' inputs.
-        return self.dropout(self.inputs(row, table) * self.cfg.dim**0.5)
+        return self.dropout(self.inputs(row, table) * self.cfg.dim**0.5, draws)
 
-    def context(self, row: dict[str, Tensor]) -> Context:
+    def context(self, row: dict[str, Tensor], draws: Draws | None = None) -> Context:
         """The Context of whole rows: each of S tokens is a query and a key."""
         length = row["token_ids"].shape[1]
         positions = torch.arange(length, device=self.rotary.device)[None]  # (1, S)
@@ -267,7 +270,8 @@ class SequenceRecommender(nn.Module):
         window = self.cfg.window
         if not torch.compiler.is_exporting() and window >= length:
             window = 0  # it hides nothing, and plain causal attention has a faster kernel
-        return Context(positions, positions, self.rotary[:length], window, times, query_times)
+        rotary = self.rotary[:length]
+        return Context(positions, positions, rotary, window, times, query_times, draws=draws)
 
     def through_blocks(
         self,
@@ -301,8 +305,9 @@ class SequenceRecommender(nn.Module):
         its history and itself, not to other candidates, so its logit is that of ranking it alone. The history
         is encoded once for all of them (M-FALCON, arXiv 2402.17152, section 3.4)."""
         row, _ = self.inputs.lay_out(batch)
-        history, caches = self.context(row), [KVCache() for _ in self.layers]
-        self.through_blocks(self.embed(row, table), history, caches, output=False)
+        draws = Draws.of(batch) if self.training else None
+        history, caches = self.context(row, draws), [KVCache() for _ in self.layers]
+        self.through_blocks(self.embed(row, table, draws), history, caches, output=False)
         candidates = self.inputs.lay_out_candidates(batch)
         size = batch["candidate_ids"].shape[1] if self.training else CANDIDATES_AT_ONCE
         parts = zip(*(value.split(size, dim=1) for value in candidates.values()), strict=True)
@@ -317,8 +322,9 @@ class SequenceRecommender(nn.Module):
                 history.times,
                 part.get("timestamps"),
                 candidates=True,
+                draws=draws,
             )
-            hidden = self.through_blocks(self.embed(part, table), ctx, caches)  # (B, c, D)
+            hidden = self.through_blocks(self.embed(part, table, draws), ctx, caches)  # (B, c, D)
             logits.append(self.head(self.add_user(hidden, batch)))
         return torch.cat(logits, dim=1)
 

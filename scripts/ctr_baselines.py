@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import main as program
 from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Vocabulary
+from reclm.draws import Draws
 from reclm.errors import UserError, choose
 from reclm.flags import parse_args
 from reclm.nn.heads import ctr_loss
@@ -144,7 +145,8 @@ class DIN(Baseline):
             actions = actions + self.action_embedding(batch["actions"])
         users = (scale * self.users(batch))[:, None].expand_as(candidates)
         interest = self.interest(candidates, scale * actions, batch)  # (B, C, D)
-        x = self.dropout(torch.cat([candidates, interest, candidates * interest, users], dim=2))
+        draws = Draws.of(batch) if self.training else None
+        x = self.dropout(torch.cat([candidates, interest, candidates * interest, users], dim=2), draws)
         return self.mlp(x)[..., 0]
 
     def interest(self, candidates: Tensor, actions: Tensor, batch: dict[str, Tensor]) -> Tensor:

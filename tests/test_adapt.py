@@ -180,7 +180,7 @@ def test_a_checkpoint_of_an_adapter_is_evaluated_as_any_other(work):
 
 
 def test_two_processes_train_the_same_adapter(work):
-    flags = (*START, *RUNS["lora"], "--dropout=0", "--num_epochs=1")
+    flags = (*START, *RUNS["lora"], "--num_epochs=1")
     train(work, "one", *flags)
     train(work, "two", *flags, program=lambda *flags, cwd: torchrun(2, *flags, cwd=cwd))
     one, two = (safetensors.load_file(work / name / lora.FILE) for name in ("one", "two"))

@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> Path:
     """A CTR run on two processes in `run`, and a matching run on the same rows in `matching`."""
     cwd = tmp_path_factory.mktemp("ctr")
     write_csv(cwd / "tiny.csv")
-    same = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=run"]
+    same = ["--batch_size=3", "--num_epochs=2", "--out_dir=run"]
     shown = torchrun(2, *CTR, *same, cwd=cwd, program=in_small_batches(cwd)).ok().stdout
     assert shown.count("TEST, best validation epoch") == shown.count("protocol: CTR;") == 1
     here(*MODEL, *SPLIT, "--num_epochs=1", "--out_dir=matching", cwd=cwd).ok()
@@ -64,7 +64,7 @@ def test_the_number_of_processes_changes_no_metric(work, monkeypatch):
     assert again["test"] == result["test"] and again["valid"] == result["valid"]
     assert result["test"].keys() >= {"AUC", "GAUC", "GAUC_users", "logloss", "NE"}
     assert not result.keys() & {"filter_seen", "loss", "num_users"} and result["num_processes"] == 2
-    alone = ["--dropout=0", "--batch_size=3", "--num_epochs=2", "--out_dir=alone"]
+    alone = ["--batch_size=3", "--num_epochs=2", "--out_dir=alone"]
     here(*CTR, *alone, cwd=work).ok()
     for split in ("valid", "test"):
         ours = read_json(work / "alone" / "result.json")[split]
@@ -223,7 +223,7 @@ def test_own_candidates_are_ranked_behind_all_of_the_history(work, monkeypatch):
             "num_before": torch.tensor([0]),
         }
         with torch.inference_mode():
-            logit = model.head(model.encode(batch)[:, -1])
+            logit = model.eval().head(model.encode(batch)[:, -1])
         assert float(logit.sigmoid()) == pytest.approx(probability, abs=1e-5)
 
 

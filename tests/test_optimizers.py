@@ -303,7 +303,7 @@ def test_two_processes_keep_the_same_weights(name, tmp_path):
         "    print('the same')\n"
         "main.report_test = compare\nmain.main()\n"
     )
-    flags = [*FLAGS, f"--optimizer={name}", "--dropout=0", "--num_epochs=2"]
+    flags = [*FLAGS, f"--optimizer={name}", "--num_epochs=2"]
     shown = torchrun(2, *flags, "--out_dir=two", cwd=tmp_path, program=program).ok().stdout
     assert shown.count("the same") == 2
     if name == "lomo":

@@ -255,7 +255,7 @@ def runs(tmp_path_factory):
     """A run of one process and one of two, on data that are gone afterwards."""
     cwd = tmp_path_factory.mktemp("pq")
     write_csv(cwd / "actions.csv")
-    flags = ["--dataset=actions.csv", *FLAGS, "--dropout=0"]
+    flags = ["--dataset=actions.csv", *FLAGS]
     here(*flags, "--out_dir=one", cwd=cwd).ok()
     torchrun(2, *flags, "--out_dir=two", cwd=cwd).ok()
     return cwd
@@ -297,7 +297,7 @@ def test_it_is_evaluated_and_resumed_with_its_codes(runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "one")
     shutil.copy(tmp_path / "one" / "epoch_0.pth", tmp_path / "one" / "last.pth")
     shutil.copy(runs / "actions.csv", tmp_path / "actions.csv")
-    here("--dataset=actions.csv", *FLAGS, "--dropout=0", "--out_dir=one", "--resume=auto", cwd=tmp_path).ok()
+    here("--dataset=actions.csv", *FLAGS, "--out_dir=one", "--resume=auto", cwd=tmp_path).ok()
     whole, resumed = (read_state(folder / "one" / "last.pth")["model"] for folder in (runs, tmp_path))
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 

@@ -10,36 +10,73 @@ from torch import nn
 
 from data import TrainBatches, eval_batches
 from reclm.config import LossConfig, TrainConfig
+from reclm.draws import Draws
 from reclm.nn.layers import PLACE_BUCKETS, TIME_BUCKETS, Dropout, PositionEmbedding, log_buckets
 
 # ---------------------------------------------------------------- dropout
+
+
+def draws_of(rows: int, seed: int = 0) -> Draws:
+    torch.manual_seed(seed)
+    return Draws.of({"lengths": torch.ones(rows)})
+
+
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    return torch.corrcoef(torch.stack([one.flatten(), other.flatten()]).double())[0, 1].abs().item()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 0.5, 0.9])
 def test_it_drops_as_often_as_torchs_and_scales_the_same(p):
     """800,000 elements: the fraction kept lies within 5 standard deviations of 1 - p."""
     x = torch.ones(8, 1000, 100)
-    torch.manual_seed(0)
-    ours, theirs = Dropout(p)(x), nn.Dropout(p)(x)
+    ours, theirs = Dropout(p)(x, draws_of(8)), nn.Dropout(p)(x)
     kept = (ours != 0).float()
     assert abs(kept.mean().item() - (1 - p)) <= 5 * (p * (1 - p) / x.numel()) ** 0.5
     torch.testing.assert_close(ours.unique(), theirs.unique(), rtol=1e-4, atol=0)
 
 
 def test_elements_are_independent():
-    """Each 64-bit draw serves four neighbours: they, and neighbours of neighbours, must not correlate."""
-    torch.manual_seed(1)
-    kept = (Dropout(0.3)(torch.ones(400_000)) != 0).double()
+    """Each 64 bits serve four neighbours: they, those next to them, rows and calls do not correlate."""
+    dropout, draws, x = Dropout(0.3), draws_of(8), torch.ones(8, 50_000)
+    kept, again = (dropout(x, draws) != 0 for _ in range(2))
+    limit = 5 / x.numel() ** 0.5
     for lag in (1, 2, 3, 4, 5, 8):
-        correlation = torch.corrcoef(torch.stack([kept[:-lag], kept[lag:]]))[0, 1]
-        assert abs(correlation.item()) < 5 / 400_000**0.5, lag
+        assert correlation(kept[:, :-lag], kept[:, lag:]) < limit, lag
+    assert correlation(kept[:-1], kept[1:]) < 1.1 * limit and correlation(kept, again) < limit
+    other = dropout(x, draws_of(8, seed=1)) != 0
+    assert correlation(kept, other) < limit and correlation(kept[:-1], other[1:]) < 1.1 * limit
+
+
+def test_each_bit_is_even_and_free_of_the_others():
+    bits = draws_of(4).bits(50_000).flatten()
+    bits = (bits[:, None] >> torch.arange(64) & 1).float()  # (200,000, 64)
+    assert (bits.mean(0) - 0.5).abs().max() < 5 * 0.5 / len(bits) ** 0.5
+    assert torch.corrcoef(bits.T).fill_diagonal_(0).abs().max() < 5 / len(bits) ** 0.5
+    uniform = draws_of(200_000).uniform()
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert (uniform.flatten().histc(20, 0, 1) - 10_000).abs().max() < 5 * 10_000**0.5
+
+
+def test_the_mask_of_a_row_depends_on_its_place_alone():
+    x, dropout = torch.randn(6, 5, 7), Dropout(0.5)
+    whole = dropout(x, draws_of(6))
+    torch.manual_seed(0)
+    draws = Draws.of({"lengths": torch.ones(2), "places": torch.tensor([4, 1])})
+    assert torch.equal(dropout(x[[4, 1]], draws), whole[[4, 1]])
+    valid = torch.rand(6, 5) < 0.5
+    of_all = dropout(x[valid], draws_of(6).at(valid))
+    torch.manual_seed(0)
+    draws = Draws.of({"lengths": torch.ones(2), "places": torch.tensor([2, 3])}).at(valid[2:4])
+    expected = of_all[valid[:2].sum() : valid[:4].sum()]
+    assert torch.equal(dropout(x[2:4][valid[2:4]], draws), expected)
+    assert dropout(x[:0], draws_of(0)).shape == (0, 5, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (3,), (5, 7, 3)])
 def test_the_gradient_goes_through_the_same_mask(dtype, shape):
     x = torch.full(shape, 2.0, dtype=dtype, requires_grad=True)
-    out = Dropout(0.5)(x)
+    out = Dropout(0.5)(x, draws_of(len(x)))
     out.sum().backward()
     assert out.dtype == dtype and out.shape == shape
     torch.testing.assert_close(out, x * x.grad)
@@ -47,12 +84,9 @@ def test_the_gradient_goes_through_the_same_mask(dtype, shape):
 
 def test_same_seed_same_mask_and_nothing_in_evaluation():
     x, dropout = torch.randn(50, 50), Dropout(0.5)
-    masks = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        masks.append(dropout(x))
+    masks = [dropout(x, draws_of(50, seed)) for seed in (3, 3, 4)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(dropout.eval()(x, None), x)
 
 
 # ---------------------------------------------------------------- times

@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from reclm.draws import Draws
+
 EMPTY = 2**30  # position of an empty cache slot: later than every query, so nothing attends to it
 
 
@@ -44,6 +46,7 @@ class Context:
     last: Tensor | None = None  # (B,) the only token that is a query; None = all tokens are
     candidates: bool = False  # are the tokens candidates?
     slots: Tensor | None = None  # (B, n) cache slots to write the tokens to
+    draws: Draws | None = None  # of the rows, for dropout in training
 
     def only(self, last: Tensor) -> "Context":
         """The same context with one query per row, the token `last` (B,)."""

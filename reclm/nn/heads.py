@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.config import ModelConfig
+from reclm.draws import Draws
 from reclm.nn.layers import Dropout, ZeroLinear
 
 TIME_WEIGHT = 0.1  # of the loss of times, relative to that of the items
@@ -91,12 +92,14 @@ class TimeHead(nn.Module):
         self.logits = ZeroLinear(TIME_WIDTH, NUM_BUCKETS)
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, hidden: Tensor, codes: Tensor, statistics: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, codes: Tensor, statistics: Tensor, draws: Draws | None = None
+    ) -> Tensor:
         """hidden (M, D); codes (M, RECENT), statistics (M, 3) of `past_gaps` -> log-probabilities (M, K)"""
         places = torch.arange(RECENT, device=codes.device) * (NUM_BUCKETS + 1)
         x = self.of_hidden(hidden) + self.of_recent(codes + places) + self.of_statistics(statistics)
-        x = self.inner(self.dropout(F.silu(x)))
-        return self.logits(self.dropout(F.silu(x))).log_softmax(-1)
+        x = self.inner(self.dropout(F.silu(x), draws))
+        return self.logits(self.dropout(F.silu(x), draws)).log_softmax(-1)
 
 
 def time_loss(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
@@ -104,7 +107,8 @@ def time_loss(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor], valid: T
     next action), a scalar"""
     codes, statistics = past_gaps(batch["timestamps"])
     gaps = batch["next_timestamps"][valid] - batch["timestamps"][valid]
-    return F.nll_loss(head(hidden, codes[valid], statistics[valid]), time_buckets(gaps), reduction="sum")
+    probabilities = head(hidden, codes[valid], statistics[valid], Draws.of(batch).at(valid))
+    return F.nll_loss(probabilities, time_buckets(gaps), reduction="sum")
 
 
 def time_errors(head: TimeHead, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

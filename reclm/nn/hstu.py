@@ -91,7 +91,7 @@ class HSTUBlock(nn.Module):
             k, v = (k, v) if cache is None else cache.add(k, v, ctx.slots)
             out = self.attend_in_parts(q, k, v, ctx)  # (B, H, Q, Dh)
         out = out.transpose(1, 2).flatten(2)  # (B, Q, D)
-        return ctx.queries(x) + self.wo(self.dropout(self.output_norm(out) * u))
+        return ctx.queries(x) + self.wo(self.dropout(self.output_norm(out) * u, ctx.draws))
 
     def read(self, x: Tensor, ctx: Context, cache: KVCache) -> None:
         """Put the keys and values of tokens (B, n, D) into an empty cache; compute no output."""

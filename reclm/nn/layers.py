@@ -1,8 +1,11 @@
 """Small layers used by the model and its inputs."""
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reclm.draws import Draws
 
 NORM_EPS = 1e-6  # of all norms, as in LLaMA2
 LEVELS = 2**16  # distinct random numbers that Dropout compares with p
@@ -39,19 +42,18 @@ class ItemEmbedding(nn.Embedding):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout (arXiv 1207.0580), but faster on a CPU, where torch draws the mask element by element on one
-    core: here each 64-bit draw serves four elements. p is rounded to a multiple of 1 / 65,536."""
+    """nn.Dropout (arXiv 1207.0580) whose masks do not depend on how sequences are shared among processes.
+    Each 64 bits that are drawn serve four elements, so p is rounded to a multiple of 1 / 65,536."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...): in training each element is 0 with probability p, else scaled by 1 / (1 - p)."""
+    def forward(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """(M, ...) -> (M, ...): in training each element is 0 with probability p, else scaled by
+        1 / (1 - p). `draws` are those of the M rows; None in evaluation."""
         threshold = round(self.p * LEVELS)
         if not self.training or threshold == 0:
             return x
-        if x.device.type != "cpu":  # a GPU's kernel is fused and draws in parallel
-            return F.dropout(x, self.p)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        draws = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -LEVELS/2 .. LEVELS/2 - 1
-        kept = draws >= threshold - LEVELS // 2
+        number = math.prod(x.shape[1:])
+        levels = draws.bits(-(-number // 4)).view(torch.int16)[:, :number].reshape(x.shape)
+        kept = levels >= threshold - LEVELS // 2
         return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - threshold))
 
 

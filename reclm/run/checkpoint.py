@@ -12,7 +12,7 @@ only (weights_only=True), so that a file cannot run code.
     vocabulary, items, titles, genre_names, item_counts, values   what inference needs of the data
                                 (`about_data`); who did what is in histories.npz (reclm/data/histories.py)
 
-There is no random state: all draws depend on (seed, epoch, step, process) only, see `seed_step`.
+There is no random state: all draws depend on (seed, epoch, step, place in the batch) only, see `seed_step`.
 """
 
 import math
@@ -31,7 +31,6 @@ from reclm.data.dataset import Dataset, Vocabulary
 from reclm.data.grown import Trained, align, check_same_codes, why_other_data
 from reclm.data.sources import FINDERS
 from reclm.errors import UserError, first_line
-from reclm.run import dist
 from reclm.run.validate import check_state
 
 VERSION = 6  # raise it when the same file would mean another model, and extend `upgrade`
@@ -308,8 +307,9 @@ def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed torch's generator from (seed, epoch, step, data_rank), so that dropout masks depend on these only:
-    a resumed run needs no saved random state, and processes that read the same data draw the same masks."""
-    mixed = torch.tensor([seed, epoch, step, dist.data_rank()], dtype=torch.int64)
-    factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F])  # primes of xxHash
+    """Seed torch's generator from (seed, epoch, step), alike in all processes, so that draws depend on these
+    and the place of a sequence in the batch only (reclm/nn/draws.py): a resumed run needs no saved random
+    state and goes on alike with any number of processes."""
+    mixed = torch.tensor([seed, epoch, step], dtype=torch.int64)
+    factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D])  # primes of xxHash
     torch.manual_seed(int((mixed * factors).sum()) & (2**63 - 1))

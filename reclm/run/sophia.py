@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from reclm.draws import Draws
+
 PERIOD = 10  # steps between two estimates of the curvature
 SCORES_AT_ONCE = 2**22
 
@@ -63,7 +65,7 @@ def draw_targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
         valid = batch["targets"] != 0  # (B, T)
         hidden, targets = hidden[valid], batch["targets"][valid]  # (M, D), (M,)
         _, excluded = model.negatives(batch, valid, targets)
-        drawn = torch.empty_like(targets)
+        drawn, even = torch.empty_like(targets), Draws.of(batch).at(valid).uniform()
         size = max(1, SCORES_AT_ONCE // len(table))
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
@@ -72,5 +74,6 @@ def draw_targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
                 scores.scatter_(1, excluded.seen_items[excluded.owner[part]], -torch.inf)
                 scores[:, excluded.cold_items] = -torch.inf
             scores[:, 0] = -torch.inf
-            drawn[part] = scores.softmax(1).multinomial(1)[:, 0]
+            shares = scores.double().softmax(1).cumsum(1)
+            drawn[part] = torch.searchsorted(shares, even[part] * shares[:, -1:])[:, 0]
     return batch | {"targets": batch["targets"].masked_scatter(valid, drawn)}
