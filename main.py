@@ -48,6 +48,7 @@ from reclm.metrics import choosing_metric
 from reclm.nn.losses import LOSSES
 from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, optim, report
+from reclm.run.background import Background
 from reclm.run.describe import describe_cost, describe_histories
 from reclm.run.logger import Logger, say, write_json
 from reclm.run.optim_state import check_optimizer
@@ -155,7 +156,7 @@ class Run:
         # DDP would hold all gradients, which the optimizers IN_BACKWARD avoid.
         self.parallel = model if cfg.train.optimizer in IN_BACKWARD else dist.data_parallel(model)
         self.optimizer = optim.build_optimizer(model, cfg.train)
-        self.progress, self.history = checkpoint.Progress(), []
+        self.progress, self.history, self.background = checkpoint.Progress(), [], Background()
         if state:
             self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
             self.progress, self.history = checkpoint.Progress(**state["progress"]), state["history"]
@@ -169,8 +170,9 @@ class Run:
         self.stop = StopRequest()
         self.started = time.time() - self.progress.seconds
 
-    def save(self, *names: str) -> None:
-        """Write a checkpoint under each of these file names. Raises UserError, e.g. on a full disk."""
+    def save(self, *names: str, wait: bool = True) -> None:
+        """Write a checkpoint under each of these file names, without `wait` in the background. Raises
+        UserError, e.g. on a full disk, also that of the last write in the background."""
         self.progress.seconds = time.time() - self.started
         state = {
             "version": checkpoint.VERSION,
@@ -185,14 +187,14 @@ class Run:
         if self.base:
             state |= {"averaged": self.averaged.state_dict(), "base": asdict(self.base)}
 
-        def write() -> None:
+        def write(state: dict) -> None:
             if "best.pth" in names and self.cfg.adapt.adapter != "none":
                 file = self.out_dir / lora.FILE
                 lora.write_adapter(file, self.averaged, self.base, self.cfg, self.dataset.items)
             whole = state | checkpoint.about_data(self.dataset)
             checkpoint.save_checkpoint(whole, self.out_dir, list(names))
 
-        dist.on_main(write)
+        dist.on_main(lambda: self.background.run(write, state, wait))
 
 
 def train(given: dict) -> None:
@@ -279,6 +281,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
         run.logger.step(total / max(num_targets, 1), speed)
         if stopping:
             stop_early(run)
+        if cfg.save_every and (total_step + 1) % cfg.save_every == 0:
+            run.save("last.pth", wait=False)
     return {
         "epoch": epoch,
         "loss": progress.loss_sum / progress.num_targets,

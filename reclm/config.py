@@ -253,6 +253,8 @@ class TrainConfig:
     """evaluate and save an exponential moving average of the weights with this decay per step; 0 = off"""
     qat: Literal["none", "int8", "int4"] = setting("none", "trajectory")
     """train for --quantize of the same value: the forward pass rounds the weights as it does"""
+    save_every: int = setting(0, "free")
+    """optimizer steps after which last.pth is written in the background, besides each epoch; 0 = never"""
     keep_last: int = setting(20, "free")
     """number of newest epoch_N.pth files to keep; 0 = all (best.pth and last.pth are always kept)"""
 
@@ -260,7 +262,8 @@ class TrainConfig:
         if self.lr is None:
             self.lr = USUAL_LR.get(self.optimizer, 3e-3)
         positive(self, "num_epochs", "batch_size", "lr", "table_lr", "grad_accum_steps")
-        not_negative(self, "weight_decay", "embedding_decay", "clip_norm", "patience", "seed", "keep_last")
+        not_negative(self, "weight_decay", "embedding_decay", "clip_norm", "patience", "seed")
+        not_negative(self, "keep_last", "save_every")
         if self.warmup_steps is not None:
             not_negative(self, "warmup_steps")
         probability(self, "lr_min", closed=True)

@@ -56,7 +56,7 @@ OUT_OF_RANGE = {
     "positive_from": [inf], "drop_rating": [nan], "utc_offset": [nan], "num_epochs": [0], "batch_size": [0],
     "lr": [0.0, -1.0, nan, inf], "weight_decay": [-1.0], "embedding_decay": [-1.0], "lr_min": [2.0],
     "clip_norm": [-1.0], "ema": [1.0], "grad_accum_steps": [0], "patience": [-1], "seed": [-1, 2**32],
-    "keep_last": [-1], "warmup_steps": [-1],
+    "keep_last": [-1], "save_every": [-1], "warmup_steps": [-1],
 }  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def test_a_resumed_run_takes_the_same_steps():
     assert fixed >= {"loss", "num_negatives", "share_negatives", "exclude_history", "negative_below"}
     assert fixed >= {"lr", "lr_min", "warmup_steps", "batch_size", "seed", "optimizer", "ema", "clip_norm"}
     assert fixed >= {"weight_decay", "embedding_decay", "dtype", "ctr_history"}
-    free = {"grad_accum_steps", "patience", "compile", "keep_last", "init_from", "data_dir"}
+    free = {"grad_accum_steps", "patience", "compile", "keep_last", "save_every", "init_from", "data_dir"}
     assert not fixed & (free | {"filter_seen", "resume", "out_dir", "eval_only", "device"})
 
 

@@ -250,6 +250,43 @@ def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
     assert len(read_rows(folder)) == 4 and not list(folder.glob(".*"))
 
 
+def test_saved_in_the_background_then_killed_then_finished(tmp_path):
+    """What is written in mid-epoch is the state of its step, whatever training changes meanwhile."""
+    write_csv(tmp_path / "tiny.csv")
+    here(*SLOW, "--num_epochs=2", "--out_dir=whole", cwd=tmp_path).ok()
+    folder, flags = tmp_path / "run", [*SLOW, "--num_epochs=2", "--save_every=7", "--resume=auto"]
+
+    def in_an_epoch() -> bool:
+        return (folder / "last.pth").is_file() and read_state(folder / "last.pth")["progress"]["step"] > 0
+
+    run = Running(0, *flags, cwd=tmp_path)
+    run.wait_until(in_an_epoch)
+    run.kill()
+    assert read_state(folder / "last.pth")["progress"]["step"] % 7 == 0
+    here(*flags, cwd=tmp_path).ok()
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_full_disk_in_the_background_is_one_line(tmp_path, monkeypatch):
+    write_csv(tmp_path / "tiny.csv")
+    written, save = [], checkpoint.save_checkpoint
+
+    def full(state, out_dir, names):
+        written.append(names)
+        if len(written) == 3:
+            raise UserError("cannot save run/last.pth (No space left on device): free some disk space")
+        save(state, out_dir, names)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    shown = here(*SLOW, "--save_every=2", cwd=tmp_path)
+    assert shown.code == 2 and len(shown.errors) == 1 and "No space left on device" in shown.errors[0]
+    assert written == [["last.pth"]] * 3
+    monkeypatch.undo()
+    here(*SLOW, "--resume=auto", cwd=tmp_path).ok()
+    here(*SLOW, "--out_dir=whole", cwd=tmp_path).ok()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_draws_are_a_function_of_seed_epoch_and_step(monkeypatch):
     def draw(*place: int, process: int) -> float:
         monkeypatch.setenv("RANK", str(process))
