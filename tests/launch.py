@@ -97,8 +97,17 @@ def environment(extra: dict | None = None) -> dict:
 class Running:
     """A running launch; `nproc` 0 is a plain `python main.py`."""
 
-    def __init__(self, nproc: int, *flags: str, cwd: Path, env: dict | None = None, program: Path = MAIN):
+    def __init__(
+        self,
+        nproc: int,
+        *flags: str,
+        cwd: Path,
+        env: dict | None = None,
+        program: Path = MAIN,
+        restarts: int = 0,
+    ):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        launcher += [f"--max-restarts={restarts}"]
         command = [sys.executable, *(launcher if nproc else []), str(program), *flags]
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.begin = time.time()

@@ -7,7 +7,6 @@ from launch import MAIN, environment
 
 LEAVE_AT_A_BARRIER = """
 import atexit, sys, torch, weakref
-from functools import partial
 atexit.register(lambda: print(left, group()))  # runs after what reclm.run.dist has registered
 from reclm.run import dist
 
@@ -17,11 +16,10 @@ def run():
     dist.barrier()
     raise SystemExit(3)  # as a run that is told to stop
 
-init, left = torch.distributed.init_process_group, 0
+left = 0
 for number in range(100):
     # Met in a file: a hundred free ports would be a hundred chances that another process takes one.
-    store = torch.distributed.FileStore(f"{sys.argv[1]}/{number}", 2)
-    torch.distributed.init_process_group = partial(init, store=store, rank=dist.rank(), world_size=2)
+    dist.find_store = lambda _: torch.distributed.FileStore(f"{sys.argv[1]}/{number}", 2)
     try:
         with dist.distributed():
             group = weakref.ref(torch.distributed.group.WORLD)

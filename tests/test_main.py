@@ -222,6 +222,21 @@ def test_two_processes_stopped_then_one_killed_then_finished(trained, tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_torchrun_restarts_what_dies(trained, tmp_path):
+    """Each of two processes is killed once, process 0 with the lock of the folder. torch 2.13 alone restarts
+    with the addresses of the attempt before, and may hang."""
+    write_csv(tmp_path / "tiny.csv")
+    folder = tmp_path / "run"
+    flags = [*SAME, "--num_epochs=16", "--save_every=4", "--out_dir=run", "--resume=auto"]
+    run = Running(2, *flags, cwd=tmp_path, restarts=3)
+    for victim, epoch in ((0, 1), (1, 3)):
+        run.wait_until(lambda n=epoch: len(checkpoint.epoch_files(folder)) > n and len(run.processes()) == 2)
+        os.kill(run.processes()[victim], signal.SIGKILL)
+    shown = run.finish().ok()
+    assert shown.stdout.count("resuming from run/last.pth") == 2
+    assert_same_run(folder, run_dir(trained))
+
+
 def test_one_process_ctrl_c_then_sigkill_then_finished(tmp_path):
     """With dropout, a schedule and averaged weights, whose next values must be those of the undisturbed
     run."""

@@ -1,5 +1,5 @@
 """Communication between processes, written so that callers need not know whether there is one or many. No
-other module uses torch.distributed.
+other module but store.py uses torch.distributed.
 
 Which share of the data a process reads (`data_rank` of `data_world`) is separate from its rank: processes
 that hold shards of one model would have to read the same batches. Today each process reads its own share."""
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -21,11 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reclm.errors import LocalError, UserError, first_line, open_streams, print_error
 from reclm.run.process import die_with_launcher, keep_freed_memory
+from reclm.run.store import MainAtWork, find_store
 
 # A reference that keeps the process group alive until free_group(). If DDP were its last owner, it would free
 # the group while holding the GIL, and wait for gloo's threads, which may need the GIL to finish the last
 # barrier: 3 of 36 stopped runs hung at exit. Python releases the GIL when it frees the group itself.
 _group = None
+_main: MainAtWork | None = None
+TIMEOUT = timedelta(minutes=10)  # for all processes to come, and to answer in a collective
 
 
 @atexit.register
@@ -77,18 +80,15 @@ def distributed():
             cuda = torch.cuda.is_available()
             if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # gloo as well as nccl, since sums of metrics are taken on the CPU. The timeout is long because
-            # processes wait while the main one downloads and prepares the data.
+            # gloo as well as nccl, since sums of metrics are taken on the CPU.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             try:
-                dist.init_process_group(backend, timeout=timedelta(hours=2))
+                join(backend)
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"cannot join {num_processes()} processes at {os.environ['MASTER_ADDR']}:"
                     f"{os.environ['MASTER_PORT']} ({first_line(error)}): launch them with torchrun"
                 ) from None
-            global _group
-            _group = dist.group.WORLD
         try:
             yield
         except SystemExit:  # --help: not all of it may have been written
@@ -107,6 +107,14 @@ def distributed():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join(backend: str) -> None:
+    """Set up the process group of this launch. Raises RuntimeError or ValueError if some do not come."""
+    global _group, _main
+    store = find_store(TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=num_processes(), timeout=TIMEOUT)
+    _group, _main = dist.group.WORLD, MainAtWork(store)
 
 
 def check_environment() -> None:
@@ -182,10 +190,13 @@ def on_main(function: Callable):
     raised as a UserError in every process, so that none waits for another that has failed."""
     result, failure = None, None
     if is_main():
-        try:
-            result = function()
-        except (UserError, OSError) as error:
-            failure = UserError(str(error))
+        with _main.work() if dist.is_initialized() else nullcontext():
+            try:
+                result = function()
+            except (UserError, OSError) as error:
+                failure = UserError(str(error))
+    elif dist.is_initialized():
+        _main.wait()
     if dist.is_initialized():
         shared = [result, failure]
         dist.broadcast_object_list(shared)

@@ -75,8 +75,10 @@ class StopRequest:
 
     A second Ctrl-C raises KeyboardInterrupt at once, without saving."""
 
+    latest: "StopRequest | None" = None
+
     def __init__(self):
-        self.signal = None
+        self.signal, StopRequest.latest = None, self
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
