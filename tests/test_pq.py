@@ -11,6 +11,7 @@ from launch import MAIN, TINY, here, read_state, torchrun, write_csv
 from test_losses import NewTensors
 
 from model import SequenceRecommender
+from reclm.adapt.quantize import num_bytes
 from reclm.config import LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.data.dataset import Vocabulary
 from reclm.errors import UserError
@@ -429,3 +430,19 @@ def test_codes_of_no_sub_vector_are_refused(runs, tmp_path):
     torch.save(state, tmp_path / "damaged.pth")
     with pytest.raises(UserError, match="codes are not below 8"):
         Recommender.load(tmp_path / "damaged.pth")
+
+
+def test_it_is_quantized(runs, kind="int8"):
+    """Codes stay, sub-vectors have 8 bits: a byte per number, and 4 for each of the D columns."""
+    plain, small = (
+        Recommender.load(runs / "one" / "best.pth", quantize=name).engine.model.item_embedding
+        for name in ("none", kind)
+    )
+    assert torch.equal(plain.codes, small.codes) and num_bytes(small) == 26 * 4 + 4 * 8 * 4 + 16 * 4
+    lost = (plain.weight - small.weight).abs().max()
+    assert 0 < lost < plain.weight.aminmax().max / 100
+    hidden = torch.randn(3, 16)
+    torch.testing.assert_close(small.scores(hidden), hidden @ small.dense().T, atol=1e-5, rtol=1e-5)
+    flags = ["--dataset=actions.csv", "--eval_only=true", f"--quantize={kind}", "--ckpt_name=one/best.pth"]
+    shown = here(*flags, cwd=runs).ok().stdout
+    assert f"one/best.pth, {kind}" in shown

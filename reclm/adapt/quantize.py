@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclm.errors import UserError
+from reclm.nn.pq import PQEmbedding
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 32  # weights of a block that share a scale and an offset at 4 bits
@@ -36,7 +37,9 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
     check_widths(model, "quantize", kind)
     with torch.no_grad():
         table = model.eval().item_table()
-        if isinstance(table, Tensor):  # else it is small already
+        if isinstance(table, PQEmbedding):
+            model.item_embedding = QuantizedPQ(table)
+        else:
             model.item_embedding, model.content = QuantizedTable(table, bits), None
         replace_linears(model.layers, lambda linear: QuantizedLinear(linear, bits))
     return model
@@ -120,6 +123,23 @@ class QuantizedTable(QuantizedRows):
             return hidden @ codes.float().T
         first, second = hidden.chunk(2, dim=1)  # as `pack` has them
         return (first @ (codes & 15).float().T).addmm_(second, (codes >> 4).float().T)
+
+
+class QuantizedPQ(PQEmbedding):
+    """A PQEmbedding whose sub-vectors have 8 bits; with --quantize=int4 too, since they are few. Those of a
+    sub-table that stand in one column share a scale and an offset."""
+
+    def __init__(self, table: PQEmbedding):
+        nn.Module.__init__(self)
+        self.num_codes, self.num_centroids = table.num_codes, table.num_centroids
+        self.register_buffer("codes", table.codes)
+        self.register_buffer("first", table.first, persistent=False)
+        self.columns = QuantizedRows(table.sub_tables().mT.flatten(0, 1), 8)  # D rows of k numbers
+
+    @property
+    def weight(self) -> Tensor:
+        """(m k, D / m)"""
+        return self.columns().unflatten(0, (self.num_codes, -1)).mT.flatten(0, 1)
 
 
 class QuantizedLinear(nn.Module):

@@ -5,8 +5,9 @@
     python scripts/bench/pq.py --parts=bytes,ranking,memory
     python scripts/bench/pq.py --parts=ml-1m --seeds=1 --out=try.json --dataset=ml-100k --num_epochs=1
 
-ml-1m    test NDCG@10 of configs/speedrun.yaml with each table, and its bytes. Trains by main.py in --runs, as
-         many seeds as --seeds, or continues there; finished runs are read. Unknown flags go to main.py
+ml-1m    test NDCG@10 of configs/speedrun.yaml with each table, and its bytes; "of dense" with its standard
+         error, paired by user. Trains by main.py in --runs, as many seeds as --seeds, or continues there;
+         finished runs are read. Unknown flags go to main.py
 bytes    of all weights and codes of a model, by width and number of codes
 ranking  ms to score all items and choose ten that are new, as a Recommender does, for one user and 64 at once
 memory   peak MiB of training steps, and of assigning the codes
@@ -35,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import costs
 import measure  # before torch
 import numpy as np
+import shrink
 import torch
 from measure import say, show
-from results import read_results, spread
 from trainings import ROOT, trained
 
 from evaluate import evaluate
@@ -57,6 +58,7 @@ from reclm.serve.recommender import AT_ONCE
 from reclm.serve.small_tables import PQTable
 
 RECORD = ROOT / "configs" / "records" / "pq.json"
+FROM_DENSE = "pq, m = 16, k = 256, from dense"
 SIZES = [(64, 4), (64, 8), (128, 8), (256, 8), (256, 16)]  # (dim, pq_codes) of bytes and ranking
 GROUP, NEAR, LATENT = 100, 10, 8  # items of a group, groups of a user, dimensions in which they lie
 LENGTH = 30  # actions of a user, on average
@@ -69,39 +71,43 @@ RANKED = 2_000  # users of the made-up catalogue who are ranked
 
 def ml_1m(args: argparse.Namespace) -> dict:
     """{"rows": one per table}, training what is missing"""
-    rows, dense = [], None
-    tables = {f"pq, m = {m}": ["--item_table=pq", f"--pq_codes={m}"] for m in args.codes}
-    for name, flags in ({"dense": []} | tables).items():
-        folders = [train(args, name, flags, seed) for seed in range(args.seeds)]
-        results = read_results(folders)
-        state = torch.load(Path(folders[0]) / "best.pth", map_location="cpu", weights_only=True)["model"]
-        size = size_of({key: value for key, value in state.items() if key.startswith("item_embedding.")})
-        found = [result["test"]["NDCG@10"] for result in results]
-        dense = dense or (size, np.mean(found))
+    tables = {f"pq, m = {m}": ([f"--pq_codes={m}"], "none") for m in args.codes}
+    from_dense = ["--pq_codes=16", "--pq_centroids=256", "--init_from={dense}"]
+    tables |= {FROM_DENSE: (from_dense, "none"), f"{FROM_DENSE}, int8": (from_dense, "int8")}
+    dense, rows = [train(args, "dense", [], seed) for seed in range(args.seeds)], []
+    base = shrink.quality([folder / "best.pth" for folder in dense], "none", {})
+    for name, (flags, kind) in ({"dense": ([], "none")} | tables).items():
+        folders, found = dense, base
+        if flags:
+            runs = [[flag.format(dense=folder / "best.pth") for flag in flags] for folder in dense]
+            run = name.removesuffix(", int8")
+            folders = [train(args, run, ["--item_table=pq", *runs[seed]], seed) for seed in range(args.seeds)]
+            found = shrink.quality([folder / "best.pth" for folder in folders], kind, {})
+        size, whole = (one["bytes of the item table"][0] for one in (found, base))
+        kept = shrink.share_kept(found["NDCG@10"], base["NDCG@10"])
         rows.append(
             {
                 "table": name,
                 "bytes of the table": size,
-                "times smaller": f"{dense[0] / size:.1f}",
-                "test NDCG@10": spread(found),
-                "of dense": f"{np.mean(found) / dense[1]:.1%}",
-                "test HR@10": spread([result["test"]["HR@10"] for result in results]),
+                "times smaller": f"{whole / size:.1f}",
+                **{f"test {m}": shrink.text(shrink.spread(found[m])) for m in ("NDCG@10", "HR@10")},
+                "of dense NDCG@10": "{mean:.1%} ± {se:.1%}".format(**kept) if flags else "",
                 "s per epoch": f"{np.median([seconds for run in folders for seconds in epochs_of(run)]):.0f}",
             }
         )
     return {"seeds": args.seeds, "flags": " ".join(args.flags) or "none", "rows": rows}
 
 
-def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> str:
+def train(args: argparse.Namespace, name: str, flags: list[str], seed: int) -> Path:
     """The folder of a finished run. Raises UserError where main.py fails."""
-    folder = args.runs / f"{name.replace(', ', '-').replace(' = ', '')}-{seed}"
+    folder = args.runs / f"{name.replace(', ', '-').replace(' = ', '').replace(' ', '-')}-{seed}"
     given = ["--config=configs/speedrun.yaml", *flags, f"--seed={seed}", *args.flags]
-    return str(trained(folder, given, args.processes))
+    return trained(folder, given, args.processes)
 
 
-def epochs_of(folder: str) -> list[float]:
+def epochs_of(folder: Path) -> list[float]:
     """Training seconds per epoch"""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train_seconds"] for line in lines]
 
 
@@ -324,7 +330,7 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--runs", type=Path, default=Path("runs/pq"), help="folder of ml-1m's runs [runs/pq]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of ml-1m [3]")
-    parser.add_argument("--codes", default="4,8,16,32", help="numbers of codes of ml-1m [4,8,16,32]")
+    parser.add_argument("--codes", default="8,16", help="numbers of codes of ml-1m, from scratch [8,16]")
     parser.add_argument("--processes", type=int, default=2, help="of each of these runs [2]")
     parser.add_argument("--items", type=int, default=1_000_000, help="of the made-up catalogue [1,000,000]")
     parser.add_argument("--users", type=int, default=40_000, help="who use it [40,000]")
