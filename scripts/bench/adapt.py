@@ -1,4 +1,4 @@
-"""Adapt a trained model to other data in ten ways, and compare: quality, size, steps, what is forgotten.
+"""Adapt a trained model to other data in eleven ways, and compare: quality, size, steps, what is forgotten.
 
     pip install -r requirements-adapt.txt
     python scripts/bench/adapt.py --work=adapt                # all; two to three hours on one core
@@ -47,6 +47,7 @@ SHOPS = [*MODEL, "--max_len=50", "--dropout=0.4", "--loss=sampled_softmax", "--b
 GENRES = {"horror": "Horror", "childrens": "Children's"}
 NEW_USERS = 5  # one in so many is a user of the markets
 ADAPTER = ("--adapter=lora", "--adapter_rank=4")
+AND_TABLE = "--adapter_targets=wq,wk,wv,wo,w1,w2,w3,table"
 ROWS = {  # name: flags
     "zero-shot": [],
     "full": [],
@@ -56,13 +57,14 @@ ROWS = {  # name: flags
     "lora-1": ["--adapter=lora", "--adapter_rank=1"],
     "lora-4": [*ADAPTER],
     "lora-16": ["--adapter=lora", "--adapter_rank=16"],
-    "lora-4+table": [*ADAPTER, "--adapter_targets=wq,wk,wv,wo,w1,w2,w3,table"],
+    "lora-4+table": [*ADAPTER, AND_TABLE],
+    "lora-16+table": ["--adapter=lora", "--adapter_rank=16", AND_TABLE],
     "dora-4": ["--adapter=dora", "--adapter_rank=4"],
 }
-# Where all items are new, these two are as full and lora-4.
-NO_TABLE = [row for row in ROWS if row not in ("blocks", "lora-4+table")]
-RATES = {"lora": ("3e-3", "1e-2"), "dora": ("3e-3", "1e-2")}  # for rows that begin so
-USUAL_RATES = ("1e-3", "3e-3")
+# Where all items are new, these are as full and LoRA of the blocks.
+NO_TABLE = [row for row in ROWS if row not in ("blocks", "lora-4+table", "lora-16+table")]
+RATES = {"lora": ("1e-2", "3e-2"), "dora": ("1e-2", "3e-2")}  # for rows that begin so
+USUAL_RATES = ("3e-3", "1e-2")
 
 
 @dataclass
