@@ -40,7 +40,8 @@ def commands_of(page):
 
 def flag_names():
     """Of main.py, torchrun and all scripts."""
-    names = FIELDS.keys() | {"standalone", "nproc_per_node", "dist", "config", "help"}
+    names = FIELDS.keys() | {"dist", "config", "help"}
+    names |= {"standalone", "nproc_per_node", "nnodes", "max", "rdzv", "local"}  # of torchrun, up to a hyphen
     for script in (ROOT / "scripts").rglob("*.py"):
         names |= set(re.findall(r'\badd(?:_argument)?\(\s*"--(\w+)"', script.read_text()))
     return names
