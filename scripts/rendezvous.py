@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from torch.distributed import DistNetworkError, TCPStore
 
-from reclm.errors import UserError, run_script
+from reclm.errors import UserError, first_line, run_script
 from reclm.run.logger import say
 from reclm.run.output import ScriptParser
 
@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("--host", default="0.0.0.0", help="address to listen at [all]")
     parser.add_argument("--port", type=int, default=29500, help="[29500]")
     args = parser.parse_args()
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port={args.port} must be 0 to 65535; 0 takes a free one")
     try:
         store = TCPStore(args.host, args.port, is_master=True, wait_for_workers=False)
-    except (DistNetworkError, ValueError, OverflowError) as error:
-        raise UserError(f"cannot serve at {args.host}:{args.port} ({str(error).splitlines()[0]})") from None
+    except DistNetworkError as error:
+        raise UserError(f"cannot serve at {args.host}:{args.port} ({first_line(error)})") from None
     say(f"serving at {args.host}:{store.port}; Ctrl-C ends it")
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 

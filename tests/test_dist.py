@@ -1,9 +1,22 @@
 """Process groups, without training."""
 
+import socket
 import subprocess
 import sys
+import threading
+import time
 
-from launch import MAIN, environment
+import pytest
+import torch
+from launch import MAIN, environment, here
+
+sys.path.insert(0, str(MAIN.parent / "scripts"))
+
+import rendezvous
+
+from reclm.errors import LocalError, UserError
+from reclm.run import store
+from reclm.run.store import MainAtWork
 
 LEAVE_AT_A_BARRIER = """
 import atexit, sys, torch, weakref
@@ -45,3 +58,37 @@ def test_leaving_right_after_a_barrier_never_hangs(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+def test_the_others_wait_as_long_as_the_main_process_lives(monkeypatch):
+    monkeypatch.setattr(store, "BEAT", 0.02)
+    monkeypatch.setattr(store, "SILENCE", 0.3)
+    shared = torch.distributed.HashStore()
+    main, other = MainAtWork(shared), MainAtWork(shared)
+    waiting = threading.Thread(target=other.wait)
+    with main.work():
+        waiting.start()
+        time.sleep(1)  # longer than SILENCE
+        assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    with main.work():  # before anybody waits
+        pass
+    other.wait()
+    begin = time.monotonic()
+    with pytest.raises(LocalError, match="process 0 gave no sign of life"):
+        other.wait()
+    assert 0.25 < time.monotonic() - begin < 5
+
+
+def test_a_port_that_cannot_be_served(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag, said in (
+            (f"--port={port}", f"cannot serve at 127.0.0.1:{port}"),
+            ("--port=70000", "0 to 65535"),
+        ):
+            with pytest.raises(UserError, match=said):
+                here("--host=127.0.0.1", flag, cwd=tmp_path, program=rendezvous.main)
