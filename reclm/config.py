@@ -28,13 +28,8 @@ from reclm.settings import (
     setting,
 )
 
-USUAL_LR = {
-    "adafactor": 0.2,
-    "muon": 0.01,
-    "sophia": 3e-4,
-    "lomo": 1.0,
-    "adalomo": 0.2,
-}  # those of the others: 3e-3
+# Learning rates without --lr; those of the other optimizers: 3e-3
+USUAL_LR = {"adafactor": 0.2, "muon": 0.01, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}
 
 
 @dataclass

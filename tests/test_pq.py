@@ -400,6 +400,18 @@ def test_a_dense_table_is_started_from(runs):
         torch.testing.assert_close(one[name], dense[name], atol=1e-6, rtol=0)
 
 
+def test_a_dense_table_of_fewer_items_is_started_from(runs):
+    """Those that it lacks keep their initial vectors, and so have codes near these; on two processes too."""
+    write_csv(runs / "fewer.csv", num_items=20)
+    here("--dataset=fewer.csv", *TINY, "--num_epochs=1", "--out_dir=fewer", cwd=runs).ok()
+    (runs / "fewer.csv").rename(runs / "grown.csv")
+    with open(runs / "grown.csv", "a") as file:
+        file.writelines(f"new{user},later{user % 9},5,{2e9 + t}\n" for user in range(20) for t in range(6))
+    flags = ["--dataset=grown.csv", *FLAGS, "--init_from=fewer/best.pth"]
+    shown = torchrun(2, *flags, "--out_dir=grown", cwd=runs).ok().stdout
+    assert "9 new items start untrained" in shown and "item vectors are now 4 codes each" in shown
+
+
 def test_codes_are_those_of_the_nearest():
     """As many sub-vectors as there are different parts lose nothing; with fewer, each code is the nearest."""
     items = table(12, dim=8, pq_codes=2, pq_centroids=12, n_heads=2)

@@ -308,7 +308,7 @@ def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
     """Seed torch's generator from (seed, epoch, step), alike in all processes, so that draws depend on these
-    and the place of a sequence in the batch only (reclm/nn/draws.py): a resumed run needs no saved random
+    and the place of a sequence in the batch only (reclm/draws.py): a resumed run needs no saved random
     state and goes on alike with any number of processes."""
     mixed = torch.tensor([seed, epoch, step], dtype=torch.int64)
     factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D])  # primes of xxHash

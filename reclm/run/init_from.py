@@ -50,7 +50,7 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     state, match = read_base(path, cfg), cfg.train.init_match
     weights, saved, said = model.state_dict(), dict(state["model"]), ""
     if cfg.model.item_table == "pq":
-        weights[ITEMS] = model.item_embedding.dense()
+        weights[ITEMS] = model.item_embedding.dense().detach()
     if saved[ITEMS].shape[1:] != weights[ITEMS].shape[1:]:
         raise UserError(
             f"--init_from={path} was trained with another --dim than {cfg.model.dim}: use the same"

@@ -43,6 +43,7 @@ from trainings import ROOT, trained
 
 from evaluate import evaluate
 from model import SequenceRecommender
+from reclm.adapt.quantize import num_bytes
 from reclm.config import Config, LossConfig, ModelConfig, build_config
 from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import UserError, run_script
@@ -109,11 +110,6 @@ def epochs_of(folder: Path) -> list[float]:
     """Training seconds per epoch"""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train_seconds"] for line in lines]
-
-
-def size_of(state: dict[str, torch.Tensor]) -> int:
-    """Bytes"""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 # ---------------------------------------------------------------- a million items
@@ -188,7 +184,7 @@ def bytes_of_models(args: argparse.Namespace) -> dict:
             cfg = ModelConfig(dim=dim, **({"item_table": "pq", "pq_codes": codes} if table == "pq" else {}))
             with torch.device("meta"):
                 model = Meta(cfg, LossConfig(), Vocabulary(args.items, 1))
-            sizes.append(size_of(model.state_dict()))
+            sizes.append(num_bytes(model))
         rows.append(
             {
                 "D": str(dim),
