@@ -1,8 +1,8 @@
-"""Communication between processes, written so that callers need not know whether there is one or many. No
-other module but store.py uses torch.distributed.
+"""Communication between processes, written so that callers need not know whether there is one or many.
 
 Which share of the data a process reads (`data_rank` of `data_world`) is separate from its rank: processes
-that hold shards of one model would have to read the same batches. Today each process reads its own share."""
+that hold parts of the same layers read the same batches (reclm/run/parallel.py). Sums and lists are over
+shares, each of which counts once."""
 
 import atexit
 import gc
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -28,6 +28,7 @@ from reclm.run.store import MainAtWork, find_store
 # barrier: 3 of 36 stopped runs hung at exit. Python releases the GIL when it frees the group itself.
 _group = None
 _main: MainAtWork | None = None
+_readers = 1  # processes in a row that read the same share of the data
 TIMEOUT = timedelta(minutes=10)  # for all processes to come, and to answer in a collective
 
 
@@ -52,12 +53,29 @@ def num_processes() -> int:
 
 def data_rank() -> int:
     """The index of the share of the data that this process reads, from 0."""
-    return rank()
+    return rank() // _readers
 
 
 def data_world() -> int:
     """The number of shares of the data."""
-    return num_processes()
+    return num_processes() // _readers
+
+
+@contextmanager
+def readers_per_share(number: int) -> Iterator[None]:
+    """Within the block, let `number` processes in a row, which must divide that of all, read the same data."""
+    before = _readers
+    read_alike(number)
+    try:
+        yield
+    finally:
+        read_alike(before)
+
+
+def read_alike(number: int) -> None:
+    """From now on, let `number` processes in a row read the same data."""
+    global _readers
+    _readers = number
 
 
 def is_main() -> bool:
@@ -153,20 +171,22 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """The model wrapped in DDP, or the model itself in a run of one process."""
+def data_parallel(model: nn.Module, others: Sequence[str] = ()) -> nn.Module:
+    """The model wrapped in DDP, or the model itself in a run of one process. `others` are names of weights
+    that are not copies."""
     if not dist.is_initialized():
         return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
     # Buffers are constants, equal in all processes, so they are not synchronised.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def sum_over_processes(values: list[float]) -> list[float]:
-    """Each value summed over all processes, in float64, which is exact for counts."""
+    """Each value summed over all shares of the data, in float64, which is exact for counts."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor)
-    return tensor.tolist()
+    return (tensor / _readers).tolist()
 
 
 def average_over_processes(tensor: torch.Tensor) -> None:
@@ -177,12 +197,12 @@ def average_over_processes(tensor: torch.Tensor) -> None:
 
 
 def gather_from_processes(value) -> list:
-    """The list [value of process 0, value of process 1, ...], in every process; values must be picklable."""
+    """The list of the values of one process per share of the data, in every process; they must be picklable."""
     if not dist.is_initialized():
         return [value]
     values = [None] * num_processes()
     dist.all_gather_object(values, value)
-    return values
+    return values[::_readers]
 
 
 def on_main(function: Callable):

@@ -20,7 +20,9 @@ USUAL_WARMUP = 100  # optimizer steps
 def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101). beta2 is 0.98, an average over the last 50 steps or so: with 0.999, the
     second moment would still remember the first steps at the end of a short run."""
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    meshes = {getattr(weight, "device_mesh", None) for group in groups for weight in group["params"]}
+    fused = len(meshes) == 1  # its kernel takes weights of one layout alone
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=fused, foreach=False)
 
 
 def adamw8bit(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
@@ -124,13 +126,6 @@ def set_rates(optimizer: torch.optim.Optimizer | Together, step: int, total_step
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer | Together, model: nn.Module, clip_norm: float) -> Tensor:
-    """Clip the gradients to an L2 norm of `clip_norm`; 0 = no clipping. Returns the norm before, a scalar."""
-    if isinstance(optimizer, InBackward):
-        return optimizer.norm()  # clipped in its second pass
-    return nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
 
 
 def take_step(optimizer: torch.optim.Optimizer | Together, again: Callable, num_targets: int) -> None:
