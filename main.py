@@ -385,7 +385,7 @@ def report_test(run: Run) -> None:
     path = run.out_dir / "best.pth"
     # Checkpoints hold merged and whole weights.
     model = (
-        run.model if run.layout.is_plain and not run.base else build_model(run.cfg, run.dataset, run.layout)
+        run.model if run.engine.is_plain and not run.base else build_model(run.cfg, run.dataset, run.layout)
     )
     checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
     best = run.progress.best_epoch

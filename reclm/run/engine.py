@@ -22,6 +22,7 @@ class Engine:
         """`averaged` is the model to evaluate, which may be `model`. The optimizer is built last, because
         laying out replaces weights."""
         self.model, self.layout, self.clip_norm = model, layout, cfg.train.clip_norm
+        self.is_plain = layout.is_plain  # can whole weights be loaded into the model?
         for one in {id(model): model, id(averaged): averaged}.values():
             layout.place(one)
         self.optimizer = optim.build_optimizer(model, cfg.train)
