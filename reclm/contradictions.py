@@ -6,7 +6,7 @@ from reclm.settings import IMPRESSIONS
 
 IN_BACKWARD = ("lomo", "adalomo")  # optimizers that update weights within the backward pass
 # Those that update each number of a weight by itself, wherever it lies.
-ALONGSIDE = {"torch": ("adamw",), "deepspeed": ("adamw",)}  # by engine
+ALONGSIDE = {"torch": ("adamw", "muon"), "deepspeed": ("adamw",)}  # by engine
 
 
 def refuse_contradictions(cfg) -> None:
