@@ -8,6 +8,7 @@ Text may be compressed (.gz .zip .zst .bz2). Side tables lie next to the file: s
 
 import json
 import re
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
@@ -84,14 +85,19 @@ def read_own(files: tuple[Path, ...], wishes: Wishes) -> tuple[pd.DataFrame, lis
         tables.append(table)
         said += [word for word in words if word not in said]
         dropped += bad
-    for file, table in zip(files, tables, strict=True):
-        if set(table) != set(tables[0]):
-            ours, first = ", ".join(table), ", ".join(tables[0])
-            raise UserError(f"{file} has {ours}, but {files[0]} has {first}: give all the same columns")
+    same_columns(files, tables)
     notes = [f"{files[0].name} is read as: {'; '.join(said)}"] * bool(said)
     if dropped:
         notes.append(f"{dropped:,} rows with a missing id or a bad value are dropped (--drop_bad_rows)")
     return concatenate(tables), notes
+
+
+def same_columns(files: tuple[Path, ...], columns: list[Iterable[str]]) -> None:
+    """Raises UserError unless all files have the same columns."""
+    for file, theirs in zip(files, columns, strict=True):
+        if set(theirs) != set(columns[0]):
+            ours, first = ", ".join(theirs), ", ".join(columns[0])
+            raise UserError(f"{file} has {ours}, but {files[0]} has {first}: give all the same columns")
 
 
 def concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
