@@ -10,7 +10,7 @@ import pandas as pd
 
 from reclm.config import DataConfig
 from reclm.data.cache import cache_root, parts, read_cache, write_cache
-from reclm.data.columns import IDS, Wishes, doubts
+from reclm.data.columns import IDS, Wishes, doubts, find_doubtful
 from reclm.data.dataset import hash_ids
 from reclm.data.features import as_texts, item_texts, meaning, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
@@ -80,7 +80,8 @@ def make_arrays(source: Source, cfg: DataConfig, task: str) -> tuple[dict, dict[
     num_rows = len(table)
     table, protocol, of_table = select(table, cfg)
     meta, arrays = build_sequences(table, cfg, task, names)
-    notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_rows + of_table + meta["notes"]
+    of_values = doubts(raw.interactions, find_doubtful(raw.interactions))
+    notes_of_data = raw.notes + of_values + of_size + of_rows + of_table + meta["notes"]
     meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "num_rows": num_rows}
     add_side_tables(meta, arrays, raw)
     if "contexts" in arrays:

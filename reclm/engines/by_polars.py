@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from reclm.config import DataConfig
-from reclm.data.columns import Wishes, doubts
+from reclm.data.columns import Wishes, doubts, find_doubtful
 from reclm.data.prepare import number_ids
 from reclm.data.sources import Source, read_dataset
 from reclm.engines.finish import check_columns, check_scope, finish, need
@@ -17,7 +17,7 @@ def make_arrays(source: Source, cfg: DataConfig, task: str, work: Path) -> tuple
     check_scope("polars", source, cfg, task)
     raw = read_dataset(source, Wishes(cfg.columns))
     check_columns(source, raw.interactions)
-    notes = raw.notes + doubts(raw.interactions)
+    notes = raw.notes + doubts(raw.interactions, find_doubtful(raw.interactions))
     table, names = number_ids(raw.interactions)
     columns = list(table)
     rows = pl.DataFrame({name: table[name].to_numpy() for name in columns}).with_row_index("row")

@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 
 from reclm.config import DataConfig
-from reclm.data.columns import Wishes, doubts
+from reclm.data.columns import Wishes, doubts, find_doubtful
 from reclm.data.own import read_interactions, same_columns
 from reclm.data.sources import Source
 from reclm.engines.finish import check_columns, check_scope, finish, need
@@ -63,7 +63,8 @@ def sort_files(spark, source: Source, cfg: DataConfig, work: Path) -> tuple[dict
     offsets = np.concatenate([[0], np.cumsum(users["count"].to_numpy())])
     arrays = {"offsets": offsets, "users": to_texts(users["user"]), "items": to_texts(items["item"])}
     numbers = items.append_column("number", pa.array(np.arange(1, len(items) + 1)))
-    rows = rows.join(spark.createDataFrame(numbers), "item").orderBy("user", "timestamp", "file", "row")
+    rows = rows.selectExpr("*", "timestamp + 0.0 as time")  # 0.0 for -0.0, which Spark would put before it
+    rows = rows.join(spark.createDataFrame(numbers), "item").orderBy("user", "time", "file", "row")
     names = {"item_ids": "number", "timestamps": "timestamp", "ratings": "rating"}
     names = {ours: name for ours, name in names.items() if name in (*columns, "number")}
     write = partial(write_part, names=names, work=work)
@@ -122,10 +123,11 @@ def read_files(spark, source: Source, wishes: Wishes, work: Path) -> tuple[list[
     check_columns(source, read[0]["columns"])
     said = list(dict.fromkeys(word for found in read for word in found["said"]))
     notes = [f"{files[0].name} is read as: {'; '.join(said)}"] * bool(said)
-    of_values = [(file, found["doubts"]) for file, found in zip(files, read, strict=True) if found["doubts"]]
-    for file, doubtful in of_values[:1]:  # not a note for each of a thousand files
-        notes += doubtful if len(files) == 1 else [f"{file.name}: {note}" for note in doubtful]
-    return read[0]["columns"], notes
+    doubtful = {}
+    for column in ("user", "item"):
+        if there := [found["doubtful"][column] for found in read if column in found["doubtful"]]:
+            doubtful[column] = min(word for word, _ in there), sum(count for _, count in there)
+    return read[0]["columns"], notes + doubts(read[0]["columns"], doubtful)
 
 
 def read_some(batches: Iterator[pa.RecordBatch], files: list[Path], wishes: Wishes, work: Path) -> Iterator:
@@ -137,7 +139,7 @@ def read_some(batches: Iterator[pa.RecordBatch], files: list[Path], wishes: Wish
             except UserError as error:
                 (work / f"refused.{number:06}").write_text(str(error))
                 raise
-            found = {"columns": list(table), "said": said, "doubts": doubts(table)}
+            found = {"columns": list(table), "said": said, "doubtful": find_doubtful(table)}
             (work / f"read.{number:06}").write_text(json.dumps(found))
             for first in range(0, len(table), BATCH):
                 yield to_batch(table.iloc[first : first + BATCH], number, first)
@@ -161,8 +163,11 @@ def drop_equal(rows, columns: list[str]):
     """The first row, in the order of files, of those that are equal in all columns."""
     from pyspark.sql import functions as F
 
-    first = F.min(F.struct("file", "row")).alias("first")
-    return rows.groupBy(*columns).agg(first).select(*columns, "first.file", "first.row")
+    # Numbers are taken from that row, since Spark groups 0.0 and -0.0, which are equal, under the first.
+    numbers = [name for name in columns if name in ("timestamp", "rating")]
+    first = F.min(F.struct("file", "row", *numbers)).alias("first")
+    kept = [f"first.{name}" for name in ("file", "row", *numbers)]
+    return rows.groupBy(*columns).agg(first).select("user", "item", *kept)
 
 
 # ---------------------------------------------------------------- writing
