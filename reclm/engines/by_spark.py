@@ -37,6 +37,7 @@ ROWS = {
     "file": pa.int32(), "row": pa.int64(),
 }  # fmt: skip
 SCHEMA = "user string, item string, timestamp double, rating double, file int, row long"
+REFUSED = "refused."  # before the number of a file with a bad row, in `work`
 BATCH = 2**16  # rows that a worker hands over at once
 ARRAYS = {"item_ids": np.int64, "timestamps": np.float64, "ratings": np.float64}
 
@@ -111,13 +112,10 @@ def read_files(spark, source: Source, wishes: Wishes, work: Path) -> tuple[list[
     """Write work/rows -> (its columns, notes). Raises UserError with the file and row of a bad row."""
     files = [file.resolve() for file in source.files]
     read = partial(read_some, files=files, wishes=wishes, work=work)
-    try:
-        numbers = spark.range(len(files), numPartitions=len(files))  # a task each
-        numbers.mapInArrow(read, SCHEMA).write.parquet(str(work / "rows"))
-    except Exception:
-        for file in sorted(work.glob("refused.*")):
-            raise UserError(file.read_text()) from None
-        raise
+    numbers = spark.range(len(files), numPartitions=len(files))  # a task each
+    numbers.mapInArrow(read, SCHEMA).write.parquet(str(work / "rows"))
+    for file in sorted(work.glob(REFUSED + "*")):
+        raise UserError(file.read_text())
     read = [json.loads((work / f"read.{number:06}").read_text()) for number in range(len(files))]
     same_columns(source.files, [found["columns"] for found in read])
     check_columns(source, read[0]["columns"])
@@ -131,14 +129,17 @@ def read_files(spark, source: Source, wishes: Wishes, work: Path) -> tuple[list[
 
 
 def read_some(batches: Iterator[pa.RecordBatch], files: list[Path], wishes: Wishes, work: Path) -> Iterator:
-    """In a worker: numbers of files -> their rows. What is to be said of a file is left in `work`."""
+    """In a worker: numbers of files -> their rows. What is to be said of a file is left in `work`, and so is
+    the line of a UserError, after which no more are read."""
     for batch in batches:
         for number in batch["id"].to_pylist():
+            if any(work.glob(REFUSED + "*")):  # an exception would be tried again, and end in pages of Java
+                return
             try:
                 table, said, _ = read_interactions(files[number], wishes)
             except UserError as error:
-                (work / f"refused.{number:06}").write_text(str(error))
-                raise
+                (work / f"{REFUSED}{number:06}").write_text(str(error))
+                return
             found = {"columns": list(table), "said": said, "doubtful": find_doubtful(table)}
             (work / f"read.{number:06}").write_text(json.dumps(found))
             for first in range(0, len(table), BATCH):
