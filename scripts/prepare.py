@@ -12,6 +12,7 @@ Java 17.
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -68,6 +69,9 @@ def main() -> None:
         meta, arrays = ENGINES[args.engine](source, cfg.data, cfg.model.task, Path(work))
         say(f"writing {meta['num_rows']:,} rows")
         write_cache(args.out, meta, arrays)
+    mask = os.umask(0)
+    os.umask(mask)
+    args.out.chmod(0o777 & ~mask)  # like any new folder: others may train on it
     for note in meta["notes"]:
         say(f"NOTE: {note}")
     users, items = len(arrays["users"]), len(arrays["items"])
