@@ -110,7 +110,7 @@ def start_spark(work: Path):
 
 def read_files(spark, source: Source, wishes: Wishes, work: Path) -> tuple[list[str], list[str]]:
     """Write work/rows -> (its columns, notes). Raises UserError with the file and row of a bad row."""
-    files = [file.resolve() for file in source.files]
+    files = [file.absolute() for file in source.files]
     read = partial(read_some, files=files, wishes=wishes, work=work)
     numbers = spark.range(len(files), numPartitions=len(files))  # a task each
     numbers.mapInArrow(read, SCHEMA).write.parquet(str(work / "rows"))

@@ -110,7 +110,7 @@ def training(args: argparse.Namespace) -> list[dict]:
             row = json.loads(result.read_text())
             say(f"{millions:g} million rows: {row}")
             found.setdefault(millions, []).append(row)
-    columns = ("rows", "users", "seconds to open", "steps/s", "peak GiB")
+    columns = ("users", "items", "seconds to open", "steps/s", "peak GiB")
     return [{"million rows": millions} | in_short(rows, *columns) for millions, rows in found.items()]
 
 

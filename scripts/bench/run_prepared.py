@@ -22,7 +22,7 @@ SETTINGS = {"device": "cpu", "max_len": 50, "batch_size": 128, "num_negatives": 
 
 
 def run(data: str, steps: int) -> dict:
-    """{"steps/s", "peak GiB", ...}: seconds are those of the steps after the first tenth."""
+    """{"steps/s", "peak GiB", ...}; the first tenth of the steps is a warm-up."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     cfg = build_config({"dataset": data} | SETTINGS)
@@ -44,6 +44,7 @@ def run(data: str, steps: int) -> dict:
     return {
         "rows": len(dataset.item_ids),
         "users": dataset.num_users,
+        "items": dataset.num_items,
         "seconds to open": opened,
         "steps/s": (steps - steps // 10) / seconds,
         "peak GiB": measure.own_peak() / 1024,
