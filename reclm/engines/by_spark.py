@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,8 +47,12 @@ def make_arrays(source: Source, cfg: DataConfig, task: str, work: Path) -> tuple
     workers can write to. Raises UserError."""
     need("pyspark")
     check_scope("spark", source, cfg, task)
-    with start_spark(work) as spark:
+    spark = start_spark(work)
+    try:
         return sort_files(spark, source, cfg, work)
+    finally:
+        with suppress(Exception):  # after a signal in the middle of a call, Java answers no more
+            spark.stop()
 
 
 def sort_files(spark, source: Source, cfg: DataConfig, work: Path) -> tuple[dict, dict[str, np.ndarray]]:
