@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pandas.api.types import union_categoricals
+from tqdm import tqdm
 
 from reclm.data.columns import (
     IDS,
@@ -80,7 +81,7 @@ def read_own(files: tuple[Path, ...], wishes: Wishes) -> tuple[pd.DataFrame, lis
     """(interactions of all files in their order, notes on how they were read). Raises UserError with the
     file and line of the first bad row."""
     tables, said, dropped = [], [], 0
-    for file in files:
+    for file in tqdm(files, "reading", unit="file", leave=False, delay=1, disable=None):
         table, words, bad = read_interactions(file, wishes)
         tables.append(table)
         said += [word for word in words if word not in said]

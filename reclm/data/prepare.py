@@ -65,8 +65,7 @@ def check_prepared(folder: Path, cfg: DataConfig, task: str) -> Path:
 
 
 def make_arrays(source: Source, cfg: DataConfig, task: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """(meta, arrays) of Dataset from the files of `source`. Raises UserError if they cannot be read or
-    used."""
+    """(meta, arrays) of Dataset from the files of `source`. Raises UserError if they cannot be used."""
     for name in ("columns", "drop_bad_rows", "positive_label"):
         if getattr(cfg, name) and not source.is_own:
             raise UserError(
