@@ -116,11 +116,12 @@ class NextItems:
         ends = dataset.offsets[self.users] + dataset.train_lengths[self.users]
         self.starts = ends - 1 - self.lengths
         self.sizes = self.lengths  # the cost of a sequence, which batches are sorted by
-        is_target = ~dataset.negative if len(dataset.negative) else np.ones(len(dataset.item_ids), bool)
-        before = np.concatenate([[0], np.cumsum(is_target)])
-        self.num_targets = int((before[ends] - before[ends - self.lengths]).sum())
-        if len(dataset.negative) and not self.num_targets:
-            raise UserError("nothing is left to train on: use a lower --negative_below")
+        self.num_targets = int(self.lengths.sum())
+        if len(dataset.negative):
+            before = np.concatenate([[0], np.cumsum(~dataset.negative)])
+            self.num_targets = int((before[ends] - before[ends - self.lengths]).sum())
+            if not self.num_targets:
+                raise UserError("nothing is left to train on: use a lower --negative_below")
         self.sampler = NegativeSampler(dataset, loss)
 
     def build(
@@ -231,6 +232,7 @@ class TrainBatches:
         for step in range(first_step, len(composed)):
             rng = np.random.default_rng((self.cfg.seed, epoch, step))
             batch = self.sequences.build(composed[step], rng=rng)
+            self.sequences.dataset.release()
             batch["places"] = torch.arange(len(batch["lengths"]))
             num_targets = (batch[self.sequences.outcome] != self.sequences.nothing).sum()
             yield step, self.split(batch), int(num_targets)
@@ -285,6 +287,7 @@ def eval_batches(dataset: Dataset, split: str, max_len: int, batch_size: int) ->
             "target_ids": dataset.item_ids[ends],
             "seen_items": whole_histories(dataset, users[chosen], known[chosen]),
         }
+        dataset.release()
         yield to_tensors(batch)
 
 

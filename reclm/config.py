@@ -30,7 +30,7 @@ from reclm.settings import (
 )
 
 # Learning rates without --lr; those of the other optimizers: 3e-3
-USUAL_LR = {"adafactor": 0.2, "muon": 0.01, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}
+USUAL_LR = {"adafactor": 0.2, "muon": 0.02, "sophia": 3e-4, "lomo": 1.0, "adalomo": 0.2}
 
 
 @dataclass
@@ -213,11 +213,11 @@ class TrainConfig:
     """number of passes over the training data"""
     batch_size: int = setting(32, "trajectory")
     """sequences per optimizer step, over ALL processes, so that any number of them takes the same steps"""
-    optimizer: str = setting("adamw", "trajectory")
-    """adamw, adamw8bit, adafactor, muon, sophia, lomo or adalomo (docs/optimizers.md)"""
+    optimizer: str = setting("muon", "trajectory")
+    """muon, adamw, adamw8bit, adafactor, sophia, lomo or adalomo (docs/optimizers.md)"""
     lr: float | None = setting(None, "trajectory")
     """learning rate, before it is scaled by the warm-up and by the cosine of lr_min [default: by optimizer,
-    adamw .003]"""
+    muon .02, adamw .003]"""
     table_optimizer: Literal["same", "rowwise_adagrad"] = setting("same", "trajectory", FULL_GRADIENT)
     """rowwise_adagrad = train the embeddings by Adagrad with one number of state per row"""
     table_lr: float = setting(0.2, "trajectory", {"table_optimizer": ("rowwise_adagrad",)})

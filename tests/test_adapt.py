@@ -111,7 +111,7 @@ def test_only_adapters_are_in_the_optimizer(work):
     _, state = states(work, "lora")
     sizes = {"w1": (16, 64), "w3": (16, 64), "w2": (64, 16)}
     wanted = sum(4 * sum(sizes.get(layer[-2:], (16, 16))) for layer in LAYERS)
-    moments = [value["exp_avg"].numel() for value in state["optimizer"]["state"].values()]
+    moments = [max(x.numel() for x in value.values()) for value in state["optimizer"]["state"].values()]
     assert len(moments) == 2 * len(LAYERS) and sum(moments) == wanted
     shown = here("--describe", *TINY, *START, *RUNS["lora"], cwd=work).ok().stdout
     assert f"({wanted:,} of them trained)" in shown

@@ -137,7 +137,7 @@ def test_the_recipe_of_tags_learns_what_the_tag_says(tmp_path, monkeypatch):
     md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in files}
     monkeypatch.setattr(sources, "X1_MD5", md5)
     recipe = f"--config={MAIN.parent / 'configs' / 'ctr_movielens_latest.yaml'}"
-    here(recipe, *MODEL, "--num_epochs=6", "--max_len=50", "--out_dir=tags", cwd=tmp_path).ok()
+    here(recipe, *MODEL, "--num_epochs=12", "--max_len=50", "--out_dir=tags", cwd=tmp_path).ok()
     result = read_json(tmp_path / "tags" / "result.json")
     assert result["test"]["AUC"] > 0.9 and "split as given" in result["protocol"]
 

@@ -34,7 +34,7 @@ from reclm.run.lock import FolderLock
 from reclm.run.output import check_out, write_whole
 
 DATA = "--dataset=tiny.csv"
-SHORT = ["--dataset=tiny.csv", *TINY, "--num_epochs=2"]
+SHORT = ["--dataset=tiny.csv", *TINY, "--num_epochs=2", "--optimizer=adamw"]
 
 
 @pytest.fixture(scope="module")

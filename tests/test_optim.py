@@ -41,7 +41,7 @@ def test_groups_follow_the_type_of_a_module_not_its_name():
     }
     layers["frozen"] = nn.Linear(2, 2).requires_grad_(False)
     layers = nn.ModuleDict(layers)
-    matrices, embeddings, gains = build_optimizer(layers, TrainConfig()).param_groups
+    matrices, embeddings, gains = build_optimizer(layers, TrainConfig(optimizer="adamw")).param_groups
     assert [id(w) for w in embeddings["params"]] == [id(layers["projection"].weight)]
     expected = [layers["position_embedding"].weight, layers["bag"].weight]
     assert [id(w) for w in matrices["params"]] == [id(w) for w in expected]
@@ -55,7 +55,7 @@ def test_an_unknown_optimizer_is_refused(model):
 
 def test_step_is_adamw(model):
     """Against AdamW (arXiv 1711.05101, algorithm 2) in float64, two steps."""
-    cfg = TrainConfig(lr=0.01, weight_decay=0.3)
+    cfg = TrainConfig(optimizer="adamw", lr=0.01, weight_decay=0.3)
     for name in ("layers.0.attention.wq.weight", "item_embedding.weight"):
         optimizer = build_optimizer(model, cfg)
         weight = model.get_parameter(name)

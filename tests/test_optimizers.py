@@ -125,9 +125,8 @@ def test_steps_are_those_of_the_paper(name):
             peak = cfg.table_lr if rule is rowwise_adagrad else cfg.lr
             expected[key] = rule(expected[key], found[key].double(), states[key], t, peak * warm, DECAY[key])
     for key, weight in expected.items():
-        # torch's Muon multiplies in bfloat16.
-        tolerance = {"atol": 5e-3, "rtol": 0} if rules[key] is muon else {"atol": 2e-6, "rtol": 2e-5}
-        torch.testing.assert_close(model[key].weight.detach().double(), weight, **tolerance, msg=key)
+        found = model[key].weight.detach().double()
+        torch.testing.assert_close(found, weight, atol=2e-6, rtol=2e-5, msg=key)
 
 
 def test_sophia_steps_are_those_of_the_paper():

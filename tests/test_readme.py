@@ -42,6 +42,7 @@ def flag_names():
     """Of main.py, torchrun and all scripts."""
     names = FIELDS.keys() | {"dist", "config", "help"}
     names |= {"standalone", "nproc_per_node", "nnodes", "max", "rdzv", "local"}  # of torchrun, up to a hyphen
+    names |= {"master", "driver"}  # of spark-submit
     for script in (ROOT / "scripts").rglob("*.py"):
         names |= set(re.findall(r'\badd(?:_argument)?\(\s*"--(\w+)"', script.read_text()))
     return names

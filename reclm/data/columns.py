@@ -347,19 +347,23 @@ def join_date(parts: dict[str, np.ndarray]) -> np.ndarray:
     return not_negative(((dates - pd.Timestamp(0)) / pd.Timedelta(seconds=1)).to_numpy(np.float64))
 
 
-def doubts(table: pd.DataFrame) -> list[str]:
-    """Notes on values that were read as they are, but may mean something else."""
-    notes = []
-    if {"label", "rating"} <= set(table.columns):
-        notes.append("the column label decides what is positive (--task=ctr); ratings are only an input")
+def find_doubtful(table: pd.DataFrame) -> dict[str, tuple[str, int]]:
+    """{column of ids: (the first id that may mean a missing one, number of rows with such an id)}"""
+    found = {}
     for column in IDS:
         if isinstance(table[column].dtype, pd.CategoricalDtype):
             words = table[column].cat.categories
             missing = np.flatnonzero(words.str.lower().isin(NO_IDS))
-            count = int(np.isin(table[column].cat.codes, missing).sum())
-            if count:
-                notes.append(
-                    f"{count:,} rows have the {column} '{words[missing[0]]}', read as an id: if it "
-                    "means that the id is missing, drop them with --drop_bad_rows=true"
-                )
-    return notes
+            if count := int(np.isin(table[column].cat.codes, missing).sum()):
+                found[column] = words[missing[0]], count
+    return found
+
+
+def doubts(columns: Iterable[str], doubtful: dict[str, tuple[str, int]]) -> list[str]:
+    """Notes on columns and values (`find_doubtful`) that are read as they are but may mean another thing."""
+    both = "the column label decides what is positive (--task=ctr); ratings are only an input"
+    return [both] * ({"label", "rating"} <= set(columns)) + [
+        f"{count:,} rows have the {column} '{word}', read as an id: if it means that the id is missing, drop "
+        "them with --drop_bad_rows=true"
+        for column, (word, count) in doubtful.items()
+    ]

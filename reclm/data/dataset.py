@@ -1,18 +1,38 @@
 """The prepared data as arrays (`Dataset`), and the sizes that a model is built for (`Vocabulary`)."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from reclm.data.cache import parts, release
 from reclm.data.impressions import SPLITS
 
 
 def no_numbers() -> np.ndarray:
     """An empty int64 array, the default of optional fields."""
     return np.zeros(0, np.int64)
+
+
+def hash_ids(columns: Iterable[np.ndarray]):
+    """sha256 of original ids as text, one per line."""
+    digest, newline = hashlib.sha256(), ""
+    for column in columns:
+        for part in parts(column):
+            digest.update((newline + "\n".join(map(str, part.tolist()))).encode())
+            newline = "\n"
+    return digest
+
+
+def count_items(item_ids: np.ndarray, num_items: int) -> np.ndarray:
+    """(num_items + 1,) int64: rows of each item; 0 is padding."""
+    counts = np.zeros(num_items + 1, np.int64)
+    for part in parts(item_ids):
+        counts += np.bincount(part, minlength=num_items + 1)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Dataset:
     cold_items: np.ndarray = field(default_factory=no_numbers)  # sorted; held out of training
     profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (U, P) codes
     words: dict[str, np.ndarray] = field(default_factory=dict)  # genres, year, title: (V - 1, K) codes
+    settings: dict = field(default_factory=dict)  # with which the data were prepared (prepare.settings_of)
     num_rows: int = 0  # read, before a task or setting leaves some out
     meanings: dict[str, str] = field(default_factory=dict)  # per column: features.meaning of its values
     values: dict[str, list[str]] = field(default_factory=dict)  # per column: texts behind its codes
@@ -86,40 +107,41 @@ class Dataset:
             meanings=self.meanings,
         )
 
-    @property
+    @cached_property
     def ids(self) -> str:
         """Hash of the original ids, 16 hex digits: datasets that share it number users and items alike."""
-        return hashlib.sha256("\n".join(map(str, [*self.items, *self.users])).encode()).hexdigest()[:16]
+        return hash_ids((self.items, self.users)).hexdigest()[:16]
 
     @cached_property
     def user_keys(self) -> np.ndarray:
         """(U,) int64: a hash of each user's id, as which a checkpoint knows them."""
-        return pd.util.hash_array(self.users.astype(str).astype(object)).view(np.int64)
+        hashes = [pd.util.hash_array(part.astype(str).astype(object)) for part in parts(self.users)]
+        return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
 
-    @property
+    @cached_property
     def last_time(self) -> float | None:
         """Seconds since 1970 of the latest row, of impressions the latest training row; None if untimed."""
         times = self.timestamps
         if len(times) and len(self.splits):
             times = times[self.splits == SPLITS["train"]]
-        return float(times.max()) if len(times) else None
+        return max((float(part.max()) for part in parts(times)), default=None)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(U,) int64: number of rows per user."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def item_counts(self) -> np.ndarray:
         """(V - 1,) int32: rows of each item."""
-        return np.bincount(self.item_ids, minlength=self.num_items + 1)[1:].astype(np.int32)
+        return count_items(self.item_ids, self.num_items)[1:].astype(np.int32)
 
     @property
     def ranked_users(self) -> np.ndarray:
         """(n,) int64: the users to evaluate, those with a training, a validation and a test item."""
         return np.flatnonzero(self.lengths >= 3)
 
-    @property
+    @cached_property
     def train_lengths(self) -> np.ndarray:
         """(U,) int64: training rows per user (leave-one-out): all but the last two; of 1 or 2, all."""
         return np.where(self.lengths >= 3, self.lengths - 2, self.lengths)
@@ -138,3 +160,7 @@ class Dataset:
     def in_training(self) -> np.ndarray:
         """(rows,) bool: True for the training rows of leave-one-out."""
         return self.place < self.train_lengths[self.owner]
+
+    def release(self) -> None:
+        """Take what was read of the sequences out of the memory of this process (cache.release)."""
+        release(self.item_ids, self.timestamps, self.ratings)

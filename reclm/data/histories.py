@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reclm.data.cache import parts
 from reclm.errors import UserError, first_line
 
 if TYPE_CHECKING:  # it imports pandas
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # it imports pandas
 FILE = "histories.npz"
 AGAIN = "delete it, then evaluate the run once (main.py --eval_only=true) to write it again"
 PREFIX = "code "  # of the names of codes in the file
+SMALLER = {"item_ids": np.int32, "profiles": np.int16, "code": np.int16}  # than in Dataset, by the first word
 
 
 class Histories:
@@ -45,19 +47,25 @@ class Histories:
 
 def write_histories(path: Path, dataset: "Dataset") -> None:
     """Write the file. Raises OSError if that fails."""
-    order = np.arange(len(dataset.item_ids))
+    order = slice(None)
     if len(dataset.labels) and len(dataset.timestamps):  # impressions are ordered by split first
         order = np.lexsort((dataset.timestamps, dataset.owner))
     arrays = {
         "users": dataset.users.astype(str),
         "offsets": dataset.offsets,
-        "item_ids": dataset.item_ids[order].astype(np.int32),
+        "item_ids": dataset.item_ids[order],
         "timestamps": dataset.timestamps[order] if len(dataset.timestamps) else dataset.timestamps,
-        "profiles": (dataset.profiles if dataset.profile_sizes else dataset.profiles[:, :0]).astype(np.int16),
+        "profiles": dataset.profiles if dataset.profile_sizes else dataset.profiles[:, :0],
     }
-    codes = {PREFIX + name: codes[order].astype(np.int16) for name, codes in dataset.codes.items()}
-    with open(path, "wb") as file:
-        np.savez(file, **arrays, **codes)
+    arrays |= {PREFIX + name: codes[order] for name, codes in dataset.codes.items()}
+    with zipfile.ZipFile(path, "w") as archive:  # as np.savez does, but with a part of an array at once
+        for name, array in arrays.items():
+            kind = np.dtype(SMALLER.get(name.split()[0], array.dtype))
+            header = {"descr": kind.str, "fortran_order": False, "shape": array.shape}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts(array):
+                    file.write(part.astype(kind).tobytes())
 
 
 def read_histories(path: Path) -> Histories:

@@ -8,6 +8,7 @@ Text may be compressed (.gz .zip .zst .bz2). Side tables lie next to the file: s
 
 import json
 import re
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pandas.api.types import union_categoricals
+from tqdm import tqdm
 
 from reclm.data.columns import (
     IDS,
@@ -79,19 +81,24 @@ def read_own(files: tuple[Path, ...], wishes: Wishes) -> tuple[pd.DataFrame, lis
     """(interactions of all files in their order, notes on how they were read). Raises UserError with the
     file and line of the first bad row."""
     tables, said, dropped = [], [], 0
-    for file in files:
+    for file in tqdm(files, "reading", unit="file", leave=False, delay=1, disable=None):
         table, words, bad = read_interactions(file, wishes)
         tables.append(table)
         said += [word for word in words if word not in said]
         dropped += bad
-    for file, table in zip(files, tables, strict=True):
-        if set(table) != set(tables[0]):
-            ours, first = ", ".join(table), ", ".join(tables[0])
-            raise UserError(f"{file} has {ours}, but {files[0]} has {first}: give all the same columns")
+    same_columns(files, tables)
     notes = [f"{files[0].name} is read as: {'; '.join(said)}"] * bool(said)
     if dropped:
         notes.append(f"{dropped:,} rows with a missing id or a bad value are dropped (--drop_bad_rows)")
     return concatenate(tables), notes
+
+
+def same_columns(files: tuple[Path, ...], columns: list[Iterable[str]]) -> None:
+    """Raises UserError unless all files have the same columns."""
+    for file, theirs in zip(files, columns, strict=True):
+        if set(theirs) != set(columns[0]):
+            ours, first = ", ".join(theirs), ", ".join(columns[0])
+            raise UserError(f"{file} has {ours}, but {files[0]} has {first}: give all the same columns")
 
 
 def concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:

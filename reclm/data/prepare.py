@@ -2,17 +2,19 @@
 
 import hashlib
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from reclm.config import DataConfig
-from reclm.data.cache import cache_root, read_cache, write_cache
-from reclm.data.columns import IDS, Wishes, doubts
+from reclm.data.cache import cache_root, parts, read_cache, write_cache
+from reclm.data.columns import IDS, Wishes, doubts, find_doubtful
+from reclm.data.dataset import hash_ids
 from reclm.data.features import as_texts, item_texts, meaning, profile_codes, word_codes
 from reclm.data.impressions import SPLITS, label_impressions, order_impressions
+from reclm.data.readers import RawData
 from reclm.data.repeats import describe_targets, drop_equal_rows, one_per_item
 from reclm.data.sources import Source, check_size, read_dataset
 from reclm.errors import UserError, choose
@@ -24,12 +26,9 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     """The folder with the prepared arrays of `source` (reclm/data/cache.py), built on first use or if it was
     damaged, and notes. Its key covers the content of the files, the reader, the task and the data settings.
     Raises UserError if the data cannot be read or used."""
-    select, _ = choose("task", task, PREPARE)
-    for name in ("columns", "drop_bad_rows", "positive_label"):
-        if getattr(cfg, name) and not source.is_own:
-            raise UserError(
-                f"--{name} is for files of your own, it has no effect on {source.name}: leave it out"
-            )
+    choose("task", task, PREPARE)
+    if source.reader == "prepared":
+        return check_prepared(source.files[0].parent, cfg, task), []
     places = {"dataset": None, "data_dir": None}  # the location of the files does not affect the result
     settings = (CACHE_VERSION, source.reader, task, replace(cfg, **places))
     key = hashlib.sha256(repr(settings).encode())
@@ -43,6 +42,36 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     if folder.exists():
         notes.append(f"the prepared data in {folder} were damaged and have been made again")
         shutil.rmtree(folder, ignore_errors=True)
+    write_cache(folder, *make_arrays(source, cfg, task))
+    return folder, notes
+
+
+def settings_of(cfg: DataConfig, task: str) -> dict:
+    """All settings that prepared data depend on."""
+    return {"task": task} | {k: v for k, v in asdict(cfg).items() if k not in ("dataset", "data_dir")}
+
+
+def check_prepared(folder: Path, cfg: DataConfig, task: str) -> Path:
+    """The folder of scripts/prepare.py. Raises UserError if it is damaged or made with other settings."""
+    found, again = read_cache(folder), "prepare the data again (scripts/prepare.py)"
+    if found is None:
+        raise UserError(f"{folder} was changed, or not written to its end: {again}")
+    theirs = found[0].get("settings", {})
+    for name, ours in settings_of(cfg, task).items():
+        if ours != theirs.get(name) and (ours or name != "columns"):
+            other = f"was prepared with --{name}={theirs.get(name)}, this run has --{name}={ours}"
+            raise UserError(f"{folder} {other}: use the same, or {again}")
+    return folder
+
+
+def make_arrays(source: Source, cfg: DataConfig, task: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(meta, arrays) of Dataset from the files of `source`. Raises UserError if they cannot be used."""
+    for name in ("columns", "drop_bad_rows", "positive_label"):
+        if getattr(cfg, name) and not source.is_own:
+            raise UserError(
+                f"--{name} is for files of your own, it has no effect on {source.name}: leave it out"
+            )
+    select, _ = PREPARE[task]
     raw = read_dataset(source, Wishes(cfg.columns, cfg.positive_label, cfg.drop_bad_rows))
     of_source, of_size = check_size(source, raw)
     numbered, names = number_ids(raw.interactions)
@@ -50,16 +79,20 @@ def prepare(source: Source, cfg: DataConfig, task: str = "matching") -> tuple[Pa
     num_rows = len(table)
     table, protocol, of_table = select(table, cfg)
     meta, arrays = build_sequences(table, cfg, task, names)
-    notes_of_data = raw.notes + doubts(raw.interactions) + of_size + of_rows + of_table + meta["notes"]
-    meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "task": task}
-    arrays["profiles"], meta["meanings"], meta["values"] = profile_codes(raw.users, arrays["users"])
+    of_values = doubts(raw.interactions, find_doubtful(raw.interactions))
+    notes_of_data = raw.notes + of_values + of_size + of_rows + of_table + meta["notes"]
+    meta |= {"notes": notes_of_data, "protocol": protocol or of_source, "num_rows": num_rows}
+    add_side_tables(meta, arrays, raw)
     if "contexts" in arrays:
         meta["meanings"]["contexts"] = meaning(table["context"])
         meta["values"]["contexts"] = as_texts(np.unique(table["context"]))
-    meta["num_rows"] = num_rows
+    return meta | {"task": task, "settings": settings_of(cfg, task)}, arrays
+
+
+def add_side_tables(meta: dict, arrays: dict[str, np.ndarray], raw: RawData) -> None:
+    """Add what the user and item tables say, by the users and items in `arrays`."""
+    arrays["profiles"], meta["meanings"], meta["values"] = profile_codes(raw.users, arrays["users"])
     arrays |= word_codes(raw.items, arrays["items"]) | item_texts(raw.items, arrays["items"])
-    write_cache(folder, meta, arrays)
-    return folder, notes
 
 
 def number_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -128,11 +161,17 @@ def build_sequences(
         of_targets = [note]
     elif "splits" not in arrays:  # impressions have a split instead of targets
         repeats, of_targets = describe_targets(arrays["offsets"], arrays["item_ids"])
-    fingerprint = hashlib.sha256("\n".join(map(str, [*items, *users])).encode())
-    for name in ("offsets", "item_ids", "labels", "splits"):
-        fingerprint.update(arrays.get(name, np.zeros(0)).tobytes())
     meta = {"notes": notes + more + of_targets, "repeats": repeats}
-    return meta | {"fingerprint": fingerprint.hexdigest()[:16]}, arrays
+    return meta | {"fingerprint": fingerprint_of(items, users, arrays)}, arrays
+
+
+def fingerprint_of(items: np.ndarray, users: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
+    """Hash of original ids and sequences, 16 hex digits."""
+    digest = hash_ids((items, users))
+    for name in ("offsets", "item_ids", "labels", "splits"):
+        for part in parts(arrays.get(name, np.zeros(0))):
+            digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def select_actions(table: pd.DataFrame, cfg: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:

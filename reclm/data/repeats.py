@@ -1,10 +1,13 @@
 """Actions that occur twice: equal rows, and users who come back to an item."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
 from reclm.config import Config, DataConfig
-from reclm.data.dataset import Dataset
+from reclm.data.cache import PART, parts, release
+from reclm.data.dataset import Dataset, count_items
 
 # Share of targets on items that the user has used before, from which on the history stays in the ranking.
 # Leaving it out makes these targets impossible to find, which costs less than the noise of a seed below 1 %;
@@ -70,17 +73,15 @@ def describe_targets(offsets: np.ndarray, item_ids: np.ndarray) -> tuple[float, 
     lengths = np.diff(offsets)
     users = np.flatnonzero(lengths >= 3)
     ends = offsets[users + 1]
-    repeated = []
-    for back in (2, 1):  # validation and test target, counted from the end of a sequence
-        target = np.zeros(len(lengths), np.int32)
-        target[users] = item_ids[ends - back]
-        same = item_ids == np.repeat(target, lengths)
-        for after in range(1, back + 1):  # the target itself, and what follows
-            same[ends - after] = False
-        owners = np.searchsorted(offsets, np.flatnonzero(same), side="right") - 1
-        repeated.append(len(np.unique(owners)))
+    repeated = [0, 0]
+    edges = np.searchsorted(offsets, [*range(0, offsets[-1], PART), offsets[-1]])
+    for first, last in pairwise(np.unique(edges)):  # the rows of some users at once, to bound memory
+        rows = item_ids[offsets[first] : offsets[last]]
+        for i, back in enumerate((2, 1)):  # validation and test target, counted from the end of a sequence
+            repeated[i] += count_repeated(offsets[first : last + 1] - offsets[first], rows, back)
+        release(item_ids)
     held_out, notes = (item_ids[ends - 2], item_ids[ends - 1]), []
-    of_item = np.bincount(item_ids)
+    of_item = count_items(item_ids, max((int(part.max()) for part in parts(item_ids)), default=0))
     of_training = of_item - sum(np.bincount(part, minlength=len(of_item)) for part in held_out)
     unknown = (of_training[held_out[1]] == 0).sum()
     if repeated[1]:
@@ -95,6 +96,20 @@ def describe_targets(offsets: np.ndarray, item_ids: np.ndarray) -> tuple[float, 
             "learned them"
         )
     return max(repeated) / len(users), notes
+
+
+def count_repeated(offsets: np.ndarray, item_ids: np.ndarray, back: int) -> int:
+    """Sequences as in Dataset -> number of users who had the item of their row `back`, counted from the end,
+    before."""
+    lengths = np.diff(offsets)
+    users = np.flatnonzero(lengths >= 3)
+    ends, target = offsets[users + 1], np.zeros(len(lengths), np.int32)
+    target[users] = item_ids[ends - back]
+    same = item_ids == np.repeat(target, lengths)
+    for after in range(1, back + 1):  # the target itself, and what follows
+        same[ends - after] = False
+    owners = np.searchsorted(offsets, np.flatnonzero(same), side="right") - 1
+    return len(np.unique(owners))
 
 
 def settle_history(cfg: Config, dataset: Dataset) -> None:

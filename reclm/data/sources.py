@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reclm.data.cache import META
 from reclm.data.columns import Wishes
 from reclm.data.download import (
     M1_MD5,
@@ -38,7 +39,7 @@ class Source:
     name: str  # one of FINDERS, or the stem of the user's file
     protocol: str  # a short phrase, printed with the results; "" = follows from the columns
     files: tuple[Path, ...]  # all that the reader reads, in a fixed order; hashed for the cache key
-    reader: str  # key into READERS, or "own"
+    reader: str  # key into READERS, "own" or "prepared"
     notes: tuple[str, ...] = ()  # caveats to print with the results
     side_files: tuple[tuple[str, Path], ...] = ()  # of own data: ("user" or "item", its table)
 
@@ -154,6 +155,9 @@ def _hub_files(repo: str, md5: dict[str, str], folder: Path, archive: str | None
 
 
 def _find_own(dataset: str) -> Source:
+    folder = Path(dataset)
+    if (folder / META).is_file() or (folder / "item_ids.npy").is_file():  # of scripts/prepare.py
+        return Source(folder.resolve().name, "", (folder / META,), "prepared")
     files = find_files(dataset)
     if not files:
         raise UserError(

@@ -181,6 +181,7 @@ def checked(state: dict, path: Path) -> dict:
             f"{path} was written by another version of this program: use that version or train again"
         )
     check_state(state, path)
+    state["config"].setdefault("optimizer", "adamw")  # earlier versions had no other
     if state["config"].get("dataset") not in FINDERS:
         state["config"].setdefault("repeats", "keep")  # earlier versions dropped no rows
     return state

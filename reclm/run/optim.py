@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from reclm.config import TrainConfig
 from reclm.errors import choose
 from reclm.run.in_backward import InBackward
+from reclm.run.muon import Muon
 from reclm.run.rowwise import RowwiseAdagrad
 from reclm.run.sophia import SophiaG
 from reclm.run.together import Together
@@ -38,10 +39,8 @@ def adafactor(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.Adafactor(groups, lr=cfg.lr)
 
 
-def muon(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Muon (kellerjordan.github.io/posts/muon): momentum, orthogonalised. For matrices; of the size of an
-    update of AdamW (arXiv 2502.16982, eq. 4), so that both have one rate."""
-    return torch.optim.Muon(groups, lr=cfg.lr, adjust_lr_fn="match_rms_adamw")
+def muon(groups: list[dict], cfg: TrainConfig) -> Muon:
+    return Muon(groups, lr=cfg.lr)
 
 
 def sophia(groups: list[dict], cfg: TrainConfig) -> SophiaG:

@@ -41,7 +41,7 @@ from reclm.run import init_from, report
 from reclm.run.checkpoint import load_checkpoint
 from reclm.run.output import ScriptParser, write_whole
 
-MODEL = ["--position_embedding=true", "--gated_residuals=true"]
+MODEL = ["--optimizer=adamw", "--position_embedding=true", "--gated_residuals=true"]
 FILMS = [*MODEL, "--loss=softmax"]
 SHOPS = [*MODEL, "--max_len=50", "--dropout=0.4", "--loss=sampled_softmax", "--batch_size=256"]
 GENRES = {"horror": "Horror", "childrens": "Children's"}

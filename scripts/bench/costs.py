@@ -52,7 +52,14 @@ from reclm.run.process import keep_freed_memory
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # about the size of MovieLens-1M
 # The share of each of two processes in a batch of 128.
-HALF = {"loss": "softmax", "exclude_history": False, "batch_size": 64, "lr": 1e-3, "device": "cpu"}
+HALF = {
+    "optimizer": "adamw",
+    "loss": "softmax",
+    "exclude_history": False,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "device": "cpu",
+}
 KINDS = {  # kind of work: parts of operator names; the first kind that matches counts
     "matrix products": ["mm"],
     "attention": ["attention"],

@@ -48,10 +48,14 @@ from reclm.run.report import stamp
 
 RECORD = ROOT / "configs" / "records" / "bench_optimizers.json"
 VARIANTS = {  # name: flags, the flag of the learning rate that is chosen, and its candidates
-    "adamw": ({}, "lr", (6e-3, 1e-2, 2e-2)),
+    "adamw": ({"optimizer": "adamw"}, "lr", (6e-3, 1e-2, 2e-2)),
     "adamw8bit": ({"optimizer": "adamw8bit"}, "lr", (6e-3, 1e-2, 2e-2)),
     "adafactor": ({"optimizer": "adafactor"}, "lr", (6e-2, 2e-1, 6e-1)),
-    "rowwise_adagrad": ({"table_optimizer": "rowwise_adagrad", "lr": 1e-2}, "table_lr", (6e-2, 0.2, 0.6)),
+    "rowwise_adagrad": (
+        {"optimizer": "adamw", "table_optimizer": "rowwise_adagrad", "lr": 1e-2},
+        "table_lr",
+        (6e-2, 0.2, 0.6),
+    ),
     "muon": ({"optimizer": "muon"}, "lr", (1e-2, 2e-2, 4e-2)),
     "muon, rowwise_adagrad": (
         {"optimizer": "muon", "table_optimizer": "rowwise_adagrad", "lr": 2e-2},
