@@ -84,8 +84,8 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
 
 
 def parts_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(item ids -> columns of the scores of the model, a tensor -> its sum over the processes that score other
-    items)"""
+    """(item ids -> columns of the scores of the model, a tensor -> its sum over the processes that score
+    other items)"""
     table = model.item_embedding
     return (table.local, table.sum) if isinstance(table, DealtEmbedding) else (lambda x: x, lambda x: x)
 

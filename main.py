@@ -41,7 +41,7 @@ from reclm.config import Config, build_config
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
 from reclm.data.repeats import settle_history
-from reclm.errors import UserError, choose
+from reclm.errors import choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
 from reclm.nn.dealt import DealtEmbedding
@@ -51,9 +51,9 @@ from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, optim, report
 from reclm.run.background import Background
 from reclm.run.describe import describe_cost, describe_histories
-from reclm.run.engine import build_engine
+from reclm.run.engines import build_engine, lay_out
+from reclm.run.layout import Layout
 from reclm.run.logger import Logger, say, write_json
-from reclm.run.layout import Layout, lay_out
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.serve import hub
 
@@ -281,7 +281,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
         # forever in the next all-reduce. So the stop request is summed together with the loss.
         total, stopping = dist.sum_over_processes([loss_sum, float(bool(run.stop))])
         if not math.isfinite(total) or not norm.isfinite():
-            refuse_non_finite(run, epoch, step, loss_sum)
+            report.refuse_non_finite(loss_sum, epoch, step, run.out_dir)
         run.engine.step(gradients, num_targets)  # may compute them again
         if cfg.ema:
             optim.update_average(run.averaged, run.model, total_step, cfg.ema)
@@ -329,16 +329,6 @@ def accumulate_gradients(
         factor = dist.data_world() / max(num_targets, 1)
         loss_sum += run.engine.gradients(batch, factor, last=i == len(micro_batches) - 1)
     return loss_sum
-
-
-def refuse_non_finite(run: Run, epoch: int, step: int, loss_sum: float) -> None:
-    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights."""
-    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
-    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
-    raise UserError(
-        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
-        f"earlier checkpoints in {run.out_dir} are intact"
-    )
 
 
 def stop_early(run: Run) -> None:

@@ -120,7 +120,7 @@ def of_the_processes(cfg) -> None:
     }
     for name, value in others.items():
         if value:
-            raise UserError(f"{chosen} does not go with --{name}={value}: leave one out")
+            raise UserError(f"{chosen} does not go with --{name}={value}: leave one out, or use another")
 
 
 def of_the_protocol(cfg) -> None:

@@ -1,17 +1,26 @@
 """Layouts and engines of several processes: the losses of one process, and its checkpoints.
 
-CHECK_ALL_PAIRS=1 resumes the checkpoint of each with each other (scripts/check_scale.sh); else with one process
-alone, and that of one process with each."""
+CHECK_ALL_PAIRS=1 resumes the checkpoint of each with each other (scripts/check_scale.sh); else with one
+process alone, and that of one process with each."""
 
 import json
 import os
+from itertools import product
 
 import pytest
 import torch
 from launch import MAIN, TINY, here, python, read_json, read_rows, read_state, torchrun, write_csv
 
-FLAGS = [*TINY, "--dataset=data.csv", "--num_epochs=2", "--optimizer=adamw", "--dropout=0.2", "--save_every=5"]
-DDP = {
+SMALL = [flag for flag in TINY if not flag.startswith("--num_negatives")]
+FLAGS = [
+    *SMALL,
+    "--dataset=data.csv",
+    "--num_epochs=2",
+    "--optimizer=adamw",
+    "--dropout=0.2",
+    "--save_every=5",
+]
+LAYOUTS = {
     "ddp": [],
     "fsdp": ["--parallel=fsdp"],
     "tp": ["--parallel=tp"],
@@ -20,8 +29,8 @@ DDP = {
     "tp, dealt": ["--parallel=tp", "--deal_items"],
 }
 ZERO = {f"zero-{stage}": ["--engine=deepspeed", f"--zero_stage={stage}"] for stage in (1, 2, 3)}
-MANY = DDP | ZERO
-ALL_PAIRS = os.environ.get("CHECK_ALL_PAIRS") == "1"
+MANY = LAYOUTS | ZERO
+BEGAN = ["one", *MANY] if os.environ.get("CHECK_ALL_PAIRS") == "1" else ["one"]
 PROGRAM = f"""
 import json, sys
 from pathlib import Path
@@ -41,7 +50,7 @@ MODELS = {
     ),
     "hstu": (["--model_name=hstu", "--n_layers=2", "--ema=0.9"], ["fsdp", "tp", "zero-2"]),
     "micro-batches": (["--grad_accum_steps=3"], ["ddp", "fsdp", "tp, dealt", "zero-2", "zero-3"]),
-    "ctr": (["--task=ctr", "--loss=bce"], ["fsdp", "tp", "dealt"]),
+    "ctr": (["--task=ctr", "--ctr_split=random"], ["fsdp", "tp", "dealt"]),
     "muon": (["--optimizer=muon"], ["fsdp", "tp"]),
     "rows touched": (["--table_optimizer=rowwise_adagrad"], ["dealt", "fsdp, dealt"]),
 }
@@ -67,11 +76,10 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resumed(work):
     """Each pair (who began, who goes on after the first epoch), in folders `began > goes on`"""
-    began = ["one", *MANY] if ALL_PAIRS else ["one"]
     launch(
         {
             f"{first} > {then}": [*FLAGS, f"--resume={first}/epoch_0.pth", *MANY[then]]
-            for first in began
+            for first in BEGAN
             for then in MANY
         },
         work,
@@ -97,10 +105,9 @@ def test_losses_and_ranks_of_one_process(work, name):
 @pytest.mark.parametrize("name", MANY)
 def test_checkpoints_hold_whole_weights_and_moments_under_plain_names(work, name):
     ours, theirs = (read_state(work / run / "epoch_0.pth") for run in (name, "one"))
-    for entry in ("model",):
-        assert ours[entry].keys() == theirs[entry].keys()
-        for key, value in ours[entry].items():
-            torch.testing.assert_close(value, theirs[entry][key], rtol=1e-4, atol=1e-6)
+    assert ours["model"].keys() == theirs["model"].keys()
+    for key, value in ours["model"].items():
+        torch.testing.assert_close(value, theirs["model"][key], rtol=1e-4, atol=1e-6)
     assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     for index, state in theirs["optimizer"]["state"].items():
         for key, value in state.items():
@@ -112,15 +119,8 @@ def test_one_process_goes_on(resumed, name):
     check_alike(resumed, f"{name} > one", "one")
 
 
-@pytest.mark.parametrize("name", MANY)
-def test_goes_on_from_one_process(resumed, name):
-    check_alike(resumed, f"one > {name}", "one")
-
-
-@pytest.mark.skipif(not ALL_PAIRS, reason="scripts/check_scale.sh runs it")
-@pytest.mark.parametrize("then", MANY)
-@pytest.mark.parametrize("first", MANY)
-def test_each_goes_on_from_each(resumed, first, then):
+@pytest.mark.parametrize(("first", "then"), product(BEGAN, MANY))
+def test_goes_on_from_another(resumed, first, then):
     check_alike(resumed, f"{first} > {then}", "one")
 
 
@@ -132,7 +132,7 @@ def test_other_models(tmp_path, model):
     here(*flags, "--out_dir=one", cwd=tmp_path).ok()
     launch({name: [*flags, *MANY[name]] for name in names}, tmp_path)
     for name in names:
-        check_alike(tmp_path, name, "one", 1e-3 if model == "muon" else 3e-6)
+        check_alike(tmp_path, name, "one")
 
 
 def test_parts_of_layers_and_of_weights(tmp_path):
@@ -159,11 +159,17 @@ def test_a_dealt_table_is_evaluated_by_any_number(work):
         (["--parallel=tp", "--n_heads=1"], "--tp_size=2 does not divide --n_heads=1"),
         (["--tp_size=2"], "--tp_size=2 has no effect with --parallel=ddp"),
         (["--zero_stage=3"], "--zero_stage=3 has no effect with --engine=torch"),
-        (["--parallel=fsdp", "--optimizer=sophia", "--loss=softmax"], "--optimizer=sophia"),
-        (["--deal_items", "--item_table=pq", "--pq_codes=4"], "--item_table=pq"),
+        (["--parallel=fsdp", "--optimizer=adafactor"], "--optimizer=adafactor"),
+        (["--deal_items", "--item_table=pq"], "--item_table=pq"),
         (["--engine=deepspeed", "--parallel=tp"], "leave out --parallel"),
-        (["--engine=deepspeed", "--deepspeed_config=none.json"], "--deepspeed_config=none.json cannot be read"),
-        (["--engine=deepspeed", "--deepspeed_config=wrong.json"], "gradient_clipping contradicts --clip_norm=1.0"),
+        (
+            ["--engine=deepspeed", "--deepspeed_config=none.json"],
+            "--deepspeed_config=none.json cannot be read",
+        ),
+        (
+            ["--engine=deepspeed", "--deepspeed_config=wrong.json"],
+            "gradient_clipping contradicts --clip_norm=1.0",
+        ),
         (["--engine=deepspeed", "--deepspeed_config=stage.json"], "stage 1 contradicts --zero_stage=2"),
     ],
 )
@@ -171,6 +177,6 @@ def test_refused_in_one_line(tmp_path, flags, said):
     write_csv(tmp_path / "data.csv")
     (tmp_path / "wrong.json").write_text('{"gradient_clipping": 0.5}')
     (tmp_path / "stage.json").write_text('{"zero_optimization": {"stage": 1}}')
-    result = torchrun(2, *TINY, "--dataset=data.csv", "--optimizer=adamw", *flags, cwd=tmp_path)
+    result = torchrun(2, *SMALL, "--dataset=data.csv", "--optimizer=adamw", *flags, cwd=tmp_path)
     assert result.code != 0 and len(result.errors) == 1 and said in result.errors[0], result.text
     assert not (tmp_path / "runs").exists()

@@ -1,8 +1,8 @@
 """An item table dealt among processes, for catalogues that one of them cannot hold or should not update.
 
-Item i, from 1, is row (i - 1) // W + 1 of process (i - 1) % W; row 0 of each is padding. Ids are asked for
-once per lookup, by all-to-all, and gradients of the rows go back the same way. Scores of all items are computed
-where their rows are: every process then needs the user vectors of all (`softmax`), or the same users (`scores`).
+Item i, from 1, is row (i - 1) // W + 1 of process (i - 1) % W; row 0 of each is padding. A lookup asks for
+each id once, by all-to-all, and gradients of the rows go back the same way. Scores of all items are computed
+where their rows are, so each process needs the user vectors of all (`softmax`) or the same users (`scores`).
 
 The gradient of a row is the mean over processes of what they sent, as DDP's is for other weights."""
 
@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 2**16  # of initial values
 
 class DealtEmbedding(ItemEmbedding):
     """This process's rows, weight (1 + n, D). `exchange` is a reclm.run.exchange.Exchange. With `sparse`
-    gradients hold the rows that a step touched, so its cost does not grow with the catalogue."""
+    gradients hold the rows that a step touched alone: its cost does not grow with the catalogue."""
 
     def __init__(self, num_rows: int, dim: int, padding_idx: int, exchange, sparse: bool = False):
         self.num_rows, self.exchange = num_rows, exchange
@@ -26,8 +26,8 @@ class DealtEmbedding(ItemEmbedding):
         super().__init__(1 + here, dim, padding_idx=padding_idx, sparse=sparse)
 
     def reset_parameters(self) -> None:
-        """Called by torch, which draws numbers here that `normal_` replaces later: as many as for a whole table,
-        so that all other weights start alike."""
+        """Called by torch, which draws numbers here that `normal_` replaces later: as many as for a whole
+        table, so that all other weights start alike."""
         self.normal_(1.0)
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class DealtEmbedding(ItemEmbedding):
         return Rows.apply(self.weight, unique, self)[inverse]
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """User vectors (B, D), the same in every process -> their scores (B, 1 + n) of this process's items"""
+        """User vectors (B, D), the same in every process -> scores (B, 1 + n) of this process's items"""
         return hidden @ self.weight.T
 
     def softmax(self, hidden: Tensor, targets: Tensor, excluded: Excluded | None) -> Tensor:
@@ -61,13 +61,10 @@ class DealtEmbedding(ItemEmbedding):
         parts = self.exchange.from_shares(hidden.detach())
         sizes = [len(part) for part in parts]
         place = slice(sum(sizes[: self.exchange.share]), sum(sizes[: self.exchange.share + 1]))
-        everyone = [torch.cat(parts), self.of_all(targets)]
-        if seen_items is not None:
-            everyone += self.seen_of_all(seen_items, owner) + [cold_items]
-        return DealtSoftmax.apply(hidden, self.weight, self, place, *everyone)
-
-    def of_all(self, x: Tensor) -> Tensor:
-        return torch.cat(self.exchange.from_shares(x))
+        targets = torch.cat(self.exchange.from_shares(targets))
+        if excluded is not None:
+            excluded = Excluded(*self.seen_of_all(seen_items, owner), cold_items)
+        return DealtSoftmax.apply(hidden, self.weight, self, place, torch.cat(parts), targets, excluded)
 
     def seen_of_all(self, seen_items: Tensor, owner: Tensor) -> list[Tensor]:
         """(B, L) and (M,) of this share -> those of all, padded to the longest"""
@@ -95,15 +92,12 @@ class DealtEmbedding(ItemEmbedding):
 
     def gather(self, values: Tensor) -> Tensor:
         """The reverse, whole in the main process, with no rows elsewhere."""
-        rank, world = self.exchange.rank, self.exchange.world
+        world = self.exchange.world
         sizes = [len(range(other, self.num_rows - 1, world)) for other in range(world)]
-        counts = [len(values) - 1] + [0] * (world - 1)  # all to process 0
-        got = self.exchange.deal(values[1:], counts, sizes if rank == 0 else [0] * world)
-        if rank:
-            return got
-        whole = values.new_empty(self.num_rows, *values.shape[1:])
-        whole[0] = values[0]
-        for other, part in enumerate(got.split(sizes)):
+        parts = self.exchange.to_main(values[1:], sizes)
+        whole = values.new_empty(self.num_rows if parts else 0, *values.shape[1:])
+        whole[:1] = values[:1]
+        for other, part in enumerate(parts):
             whole[other + 1 :: world] = part
         return whole
 
@@ -146,11 +140,11 @@ class Rows(torch.autograd.Function):
 
 
 class DealtSoftmax(torch.autograd.Function):
-    """Softmax loss over all items and its gradients in one pass over chunks of the positions of all shares, as
-    ChunkedSoftmax. Returns the loss of this share's positions."""
+    """Softmax loss over all items and its gradients in one pass over chunks of the positions of all shares,
+    as ChunkedSoftmax. Returns the loss of this share's positions, `place`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, table, place, everyone, targets, seen=None, owner=None, cold=None):
+    def forward(ctx, hidden, weight, table, place, everyone, targets, excluded: Excluded | None) -> Tensor:
         exchange, losses = table.exchange, hidden.new_empty(len(everyone))
         grad_hidden, grad_weight = torch.empty_like(everyone), torch.zeros_like(weight)
         rows = len(table) // exchange.world  # as every process counts them: chunks must be the same in all
@@ -161,9 +155,10 @@ class DealtSoftmax(torch.autograd.Function):
             h, target = everyone[part], local[part]
             scores = h @ weight.T  # (m, 1 + n)
             wanted = scores.gather(1, target)
-            if seen is not None:
-                scores.scatter_(1, table.local(seen[owner[part]]), -torch.inf)
-                scores.index_fill_(1, table.local(cold), -torch.inf)
+            if excluded is not None:
+                seen = excluded.seen_items[excluded.owner[part]]
+                scores.scatter_(1, table.local(seen), -torch.inf)
+                scores.index_fill_(1, table.local(excluded.cold_items), -torch.inf)
             scores.scatter_(1, target, wanted)
             scores[:, 0] = -torch.inf
             top = exchange.max(scores.amax(1, keepdim=True))
@@ -183,4 +178,4 @@ class DealtSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight.mul_(grad_total), *[None] * 7
+        return grad_hidden * grad_total, grad_weight.mul_(grad_total), *[None] * 5

@@ -101,8 +101,8 @@ class DeepSpeedEngine(Engine):
         self.loading = check_optimizer(saved, plain, path)["state"]
 
     def find_moments(self) -> None:
-        """Let DeepSpeed look for the moments of all groups of weights: 0.19.8 does so when the first group has
-        taken a step, and finds none of the others."""
+        """Let DeepSpeed look for the moments of all groups of weights: 0.19.8 does so when the first group
+        has taken a step, and finds none of the others."""
         if not self.found and not self.partitioned:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -151,7 +151,7 @@ def import_deepspeed(device: torch.device):
 
 
 def settings(cfg: Config) -> dict:
-    """DeepSpeed's: those of --deepspeed_config and ours. Raises UserError where they contradict each other."""
+    """DeepSpeed's: those of --deepspeed_config and ours. Raises UserError where they contradict."""
     train = cfg.train
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # for its reports alone: batches are made here
@@ -179,10 +179,10 @@ def settings(cfg: Config) -> dict:
         if name in given and given[name] not in ("auto", known.get(name, "auto")):
             value = cfg.flat()[flag]
             raise UserError(f"{path}: {name} contradicts --{flag}={value}: leave it out of the file")
-    stage = given.get("zero_optimization", {}).get("stage", cfg.processes.zero_stage)
-    if stage != cfg.processes.zero_stage:
-        raise UserError(f"{path}: stage {stage} contradicts --zero_stage={cfg.processes.zero_stage}: change one")
-    ours["zero_optimization"] |= given.get("zero_optimization", {})
+    stage, theirs = cfg.processes.zero_stage, given.get("zero_optimization", {})
+    if theirs.get("stage", stage) != stage:
+        raise UserError(f"{path}: stage {theirs['stage']} contradicts --zero_stage={stage}: change one")
+    ours["zero_optimization"] |= theirs
     return {name: value for name, value in given.items() if name not in flags} | ours
 
 

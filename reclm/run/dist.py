@@ -63,7 +63,7 @@ def data_world() -> int:
 
 @contextmanager
 def readers_per_share(number: int) -> Iterator[None]:
-    """Within the block, let `number` processes in a row, which must divide that of all, read the same data."""
+    """Within the block, let `number` processes in a row, which must divide all, read the same data."""
     before = _readers
     read_alike(number)
     try:
@@ -197,7 +197,7 @@ def average_over_processes(tensor: torch.Tensor) -> None:
 
 
 def gather_from_processes(value) -> list:
-    """The list of the values of one process per share of the data, in every process; they must be picklable."""
+    """The list of the values of one process per share of the data, in every process; they are picklable."""
     if not dist.is_initialized():
         return [value]
     values = [None] * num_processes()

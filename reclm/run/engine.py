@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reclm.config import Config
 from reclm.contradictions import IN_BACKWARD
-from reclm.run import optim, parallel
+from reclm.run import optim
 from reclm.run.in_backward import InBackward
 from reclm.run.layout import Layout
 from reclm.run.optim_state import check_optimizer, parts_of
@@ -30,8 +30,8 @@ class Engine:
         self.wrapped = model if cfg.train.optimizer in IN_BACKWARD else layout.wrap(model)
 
     def gradients(self, batch: dict[str, Tensor], weight: float, last: bool) -> float:
-        """Add the gradients of weight * loss to those of the mean over the shares of the data; only with
-        `last`, in the last of a step's micro-batches, are those of other processes added. Returns the loss."""
+        """Add the gradients of weight * loss to those of the mean over the shares of the data. `last` is the
+        last micro-batch of a step: only then are gradients exchanged. Returns the loss."""
         with self.layout.alone(self.wrapped) if not last else nullcontext():
             loss = self.wrapped(batch)
             (loss * weight).backward()
@@ -83,12 +83,3 @@ class Engine:
             for group in part.param_groups
             for weight in group["params"]
         ]
-
-
-def build_engine(model: nn.Module, averaged: nn.Module, cfg: Config, layout: Layout) -> Engine:
-    """That of --engine. Raises UserError without its package."""
-    if cfg.processes.engine == "torch":
-        return Engine(model, averaged, cfg, layout)
-    from reclm.run.by_deepspeed import DeepSpeedEngine  # an extra package
-
-    return DeepSpeedEngine(model, averaged, cfg, layout)

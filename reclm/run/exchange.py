@@ -38,6 +38,13 @@ class Exchange:
         dist.all_to_all_single(got, counts, group=self.group)
         return got.tolist()
 
+    def to_main(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """The rows of each process, of which they have `sizes`, in the main process; [] elsewhere"""
+        none = [0] * self.world
+        main = self.rank == 0
+        got = self.deal(x, [len(x), *none[1:]], sizes if main else none)
+        return list(got.split(sizes)) if main else []
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes, in place"""
         if self.world > 1:

@@ -99,13 +99,3 @@ def numbers(weight: Tensor) -> Tensor:
         weight.grad = weight.grad.coalesce()
         return weight.grad._values()
     return weight.grad
-
-
-def lay_out(cfg: Config) -> Layout:
-    """The layout of --parallel, before the data are read, as it says who reads what. Raises UserError where
-    the processes or heads cannot be divided so."""
-    if cfg.processes.parallel == "ddp":
-        return Layout(cfg)
-    from reclm.run.parallel import Spread  # takes torch a second to import
-
-    return Spread(cfg)

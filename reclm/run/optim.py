@@ -164,4 +164,9 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
     """averaged <- d averaged + (1 - d) model, in place, after optimizer step `step`, counted from 0.
     d = min(decay, (1 + step) / (10 + step)): smaller at first, to forget the initial weights soon."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average(list(averaged.parameters()), list(model.parameters()), step)
+    average(*([local(weight) for weight in one.parameters()] for one in (averaged, model)), step)
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process has of a weight"""
+    return weight.to_local() if hasattr(weight, "to_local") else weight

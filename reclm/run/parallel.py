@@ -1,8 +1,8 @@
 """Layouts in which no process has all weights, by torch:
 
-    fsdp     a part of each weight in each process, gathered where it is used (FSDP2)
-    tp       a part of each layer in each process (tensor parallelism, arXiv 1909.08053, by DTensor)
-    fsdp+tp  groups of `tp_size` processes with parts of layers, of which each has a part in each group"""
+fsdp     a part of each weight in each process, gathered where it is used (FSDP2)
+tp       a part of each layer in each process (tensor parallelism, arXiv 1909.08053, by DTensor)
+fsdp+tp  groups of `tp_size` processes with parts of layers, of which each has a part in each group"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,6 @@
 """Texts about a run (its data, model and metrics), and the record of settings in its result.json."""
 
+import math
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from reclm.config import Config
 from reclm.data.dataset import Dataset
 from reclm.data.impressions import SHARES, SPLITS
+from reclm.errors import UserError
 from reclm.metrics import CUTOFFS
 from reclm.run import dist
 
@@ -194,3 +196,14 @@ REPORT = {  # per task: data counts, settings for result.json, metrics and unit 
         "metrics": format_impressions,
     },
 }
+
+
+def refuse_non_finite(loss_sum: float, epoch: int, step: int, out_dir: Path) -> None:
+    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights.
+    `loss_sum` is that of this process."""
+    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
+    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
+    raise UserError(
+        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
+        f"earlier checkpoints in {out_dir} are intact"
+    )
