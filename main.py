@@ -93,7 +93,7 @@ def evaluate_checkpoint(given: dict) -> None:
 def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module]:
     """The config (of the checkpoint, overridden by the user's flags), dataset and trained model of a
     checkpoint. Raises UserError where a flag contradicts it or the data differ."""
-    state = hub.load_state(path)
+    state = dist.from_main(lambda: hub.load_state(path))
     cfg = build_config(checkpoint.merge_config(given, state, path, "model", "data"))
     layout = lay_out(cfg)
     dataset = open_dataset(cfg, state)
@@ -172,7 +172,9 @@ class Run:
     def open(self, out_dir: Path) -> None:
         """Start writing into out_dir. Called last, when bad input has been refused."""
         self.out_dir = out_dir
-        if not (out_dir / "best.pth").is_file():  # resumed into a new folder: look for the best epoch again
+        if not dist.on_main(
+            (out_dir / "best.pth").is_file
+        ):  # resumed into a new folder: look for the best epoch again
             self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
         self.logger = Logger(out_dir, self.history, report.REPORT[self.dataset.task]["unit"])
         self.stop = StopRequest()
@@ -209,7 +211,7 @@ class Run:
 def train(given: dict) -> None:
     """--eval_only=false: train a new model, or with --resume continue an interrupted run, then test it. Bad
     input raises UserError before the run folder is touched."""
-    state, path = folder.find_resume(given)
+    state, path = dist.from_main(lambda: folder.find_resume(given))
     if state:
         given = checkpoint.merge_config(given, state, path, "model", "data", "trajectory")
     cfg = build_config(given)
@@ -377,7 +379,8 @@ def report_test(run: Run) -> None:
     model = (
         run.model if run.engine.is_plain and not run.base else build_model(run.cfg, run.dataset, run.layout)
     )
-    checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
+    state = dist.from_main(lambda: checkpoint.load_checkpoint(path))
+    checkpoint.restore_model(model, state, path, run.dataset)
     best = run.progress.best_epoch
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),

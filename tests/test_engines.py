@@ -50,7 +50,7 @@ MODELS = {
     ),
     "hstu": (["--model_name=hstu", "--n_layers=2", "--ema=0.9"], ["fsdp", "tp", "zero-2"]),
     "micro-batches": (["--grad_accum_steps=3"], ["ddp", "fsdp", "tp, dealt", "zero-2", "zero-3"]),
-    "ctr": (["--task=ctr", "--ctr_split=random"], ["fsdp", "tp", "dealt"]),
+    "ctr": (["--task=ctr", "--ctr_split=random"], ["tp", "dealt", "zero-3"]),
     "muon": (["--optimizer=muon"], ["fsdp", "tp"]),
     "rows touched": (["--table_optimizer=rowwise_adagrad"], ["dealt", "fsdp, dealt"]),
 }
@@ -94,7 +94,7 @@ def check_alike(folder, name: str, other: str, tolerance: float = 3e-6) -> None:
     for ours, theirs in zip(read_rows(folder / name), read_rows(folder / other), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance), (name, ours["epoch"])
     ours, theirs = (read_json(folder / run / "result.json")["test"] for run in (name, other))
-    assert ours == pytest.approx(theirs, abs=1e-9), name
+    assert ours == pytest.approx(theirs, abs=1e-6), name
 
 
 @pytest.mark.parametrize("name", MANY)
@@ -119,7 +119,7 @@ def test_one_process_goes_on(resumed, name):
     check_alike(resumed, f"{name} > one", "one")
 
 
-@pytest.mark.parametrize(("first", "then"), product(BEGAN, MANY))
+@pytest.mark.parametrize(("first", "then"), [*product(BEGAN, MANY)])
 def test_goes_on_from_another(resumed, first, then):
     check_alike(resumed, f"{first} > {then}", "one")
 
@@ -160,6 +160,7 @@ def test_a_dealt_table_is_evaluated_by_any_number(work):
         (["--tp_size=2"], "--tp_size=2 has no effect with --parallel=ddp"),
         (["--zero_stage=3"], "--zero_stage=3 has no effect with --engine=torch"),
         (["--parallel=fsdp", "--optimizer=adafactor"], "--optimizer=adafactor"),
+        (["--parallel=fsdp", "--task=ctr"], "--task=ctr"),
         (["--deal_items", "--item_table=pq"], "--item_table=pq"),
         (["--engine=deepspeed", "--parallel=tp"], "leave out --parallel"),
         (
