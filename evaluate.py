@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
     --task=ctr over all impressions, {"AUC": ..., "logloss": ...}. `split` is "valid" or "test". Raises
     UserError on a non-finite score."""
     # Where each process scores its part of the items, all read the same users.
-    dealt = isinstance(model.item_embedding, DealtEmbedding)
+    dealt = isinstance(getattr(model, "item_embedding", None), DealtEmbedding)
     with dist.readers_per_share(dist.num_processes()) if dealt else nullcontext():
         return EVALUATE[model.cfg.task](model, dataset, split, cfg)
 
@@ -86,7 +86,7 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
 def parts_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """(item ids -> columns of the scores of the model, a tensor -> its sum over the processes that score
     other items)"""
-    table = model.item_embedding
+    table = getattr(model, "item_embedding", None)
     return (table.local, table.sum) if isinstance(table, DealtEmbedding) else (lambda x: x, lambda x: x)
 
 

@@ -109,8 +109,6 @@ def of_the_processes(cfg) -> None:
         "adapter": cfg.adapt.adapter != "none" and cfg.adapt.adapter,
         "qat": train.qat != "none" and train.qat,
         "optimizer": train.optimizer not in ALONGSIDE[ours.engine] and train.optimizer,
-        # Histories without an output are read by a method that FSDP does not see.
-        "task": "fsdp" in ours.parallel and cfg.model.task == "ctr" and cfg.model.task,
         "item_features": ours.deal_items and cfg.model.item_features,
         "table_optimizer": ours.engine == "deepspeed"
         and train.table_optimizer != "same"

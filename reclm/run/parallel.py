@@ -69,6 +69,10 @@ class Spread(Layout):
                 if model.cfg.model_name == "hstu":  # acts within the heads, of which each process has some
                     self.sum_gradients(layer.relative_bias)
         if "fsdp" in self.kind:
+            if model.head is not None:  # it reads histories by a method of the blocks that FSDP does not see
+                raise UserError(
+                    f"--parallel={self.kind} does not go with --task={model.cfg.task}: leave one out"
+                )
             dealt = {weight for weight in model.parameters() if id(weight) in self.tables}
             for layer in model.layers:
                 fully_shard(layer, mesh=self.mesh["dp"])

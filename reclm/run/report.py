@@ -168,6 +168,17 @@ def format_impressions(title: str, metrics: dict[str, float], cfg: Config) -> st
     return "\n".join(rows)
 
 
+def refuse_non_finite(loss_sum: float, epoch: int, step: int, out_dir: Path) -> None:
+    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights.
+    `loss_sum` is that of this process."""
+    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
+    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
+    raise UserError(
+        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
+        f"earlier checkpoints in {out_dir} are intact"
+    )
+
+
 def describe_files(out_dir: Path) -> str:
     names = {
         "checkpoints": "epoch_N.pth, best.pth, last.pth",
@@ -196,14 +207,3 @@ REPORT = {  # per task: data counts, settings for result.json, metrics and unit 
         "metrics": format_impressions,
     },
 }
-
-
-def refuse_non_finite(loss_sum: float, epoch: int, step: int, out_dir: Path) -> None:
-    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights.
-    `loss_sum` is that of this process."""
-    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
-    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
-    raise UserError(
-        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
-        f"earlier checkpoints in {out_dir} are intact"
-    )
