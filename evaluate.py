@@ -47,7 +47,7 @@ def rank_users(
     none = torch.zeros(0, dtype=torch.double)
     users, ranks, new_ranks, broken = [none.long()], [none], [none], []
     columns, total = parts_of(model)
-    max_len, cold_items = model.cfg.max_len, columns(model.cold_items)
+    max_len, cold_items = model.cfg.max_len, columns(model.cold_items) if among_cold else None
     for batch in on_device(model, eval_batches(dataset, split, max_len, batch_size(dataset, max_len))):
         scores = model(batch)  # (B, V)
         broken += batch["user_ids"][total((~scores.isfinite().all(1)).int()) > 0].tolist()
