@@ -48,19 +48,20 @@ MAX_CANDIDATES = 1024  # per sequence, to bound the memory of a batch
 
 
 def load_dataset(cfg: DataConfig, task: str = "matching") -> Dataset:
-    """Find or download the data, prepare and cache it, and return it memory-mapped. The main process does the
-    work; the others read its cache, so all need the same file system. Raises UserError where there are no
-    data or they are malformed."""
+    """Find or download the data, prepare and cache it, and return it memory-mapped. One process of each host
+    does the work; the others read its cache. Raises UserError where there are no data, they are malformed, or
+    other data on another host."""
 
     def find_and_prepare() -> tuple[Source, Path, list[str]]:
         source = find_dataset(cfg.dataset, cfg.folder)
         return source, *prepare(source, cfg, task)
 
-    source, folder, notes = dist.on_main(find_and_prepare)
+    source, folder, notes = dist.on_each_host(find_and_prepare)
     found = read_cache(folder)
     if found is None:
-        raise UserError(f"process {dist.rank()} cannot read {folder}: let RECLM_CACHE name a shared folder")
+        raise UserError(f"process {dist.rank()} cannot read {folder}: set RECLM_CACHE to another folder")
     meta, arrays = found
+    dist.check_alike("data", meta["fingerprint"])
     words = {name: arrays.pop(name) for name in WORDS}
     meta["notes"] = [*notes, *source.notes, *meta["notes"]]
     return Dataset(name=source.name, words=words, **meta, **arrays)

@@ -2,7 +2,8 @@
 Each counts exactly once under any number of processes."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from reclm.config import EvalConfig
 from reclm.data.dataset import Dataset
 from reclm.errors import UserError
 from reclm.metrics import ctr_metrics, rank_of_target, ranking_sums
+from reclm.nn.dealt import DealtEmbedding
 from reclm.nn.heads import TIME_ERRORS
 from reclm.run import dist
 
@@ -44,18 +46,19 @@ def rank_users(
     processes, on a non-finite score."""
     none = torch.zeros(0, dtype=torch.double)
     users, ranks, new_ranks, broken = [none.long()], [none], [none], []
-    max_len = model.cfg.max_len
+    columns, total = parts_of(model)
+    max_len, cold_items = model.cfg.max_len, columns(model.cold_items) if among_cold else None
     for batch in on_device(model, eval_batches(dataset, split, max_len, batch_size(dataset, max_len))):
         scores = model(batch)  # (B, V)
-        broken += batch["user_ids"][~scores.isfinite().all(1)].tolist()
+        broken += batch["user_ids"][total((~scores.isfinite().all(1)).int()) > 0].tolist()
         if among_cold:
-            of_cold = scores[:, model.cold_items]
-            scores = torch.full_like(scores, -torch.inf).index_copy_(1, model.cold_items, of_cold)
-        items, targets = scores[:, 1:], batch["target_ids"] - 1  # column 0 is padding, not an item
-        kept_in = rank_of_target(items, targets) if cfg.filter_seen is False else None
+            of_cold = scores[:, cold_items]
+            scores = torch.full_like(scores, -torch.inf).index_copy_(1, cold_items, of_cold)
+        items, targets = scores[:, 1:], columns(batch["target_ids"]) - 1  # column 0 is padding, not an item
+        kept_in = rank_of_target(items, targets, total) if cfg.filter_seen is False else None
         # A target that was used before is left out as well, not given away: it comes after all new items.
-        scores.scatter_(1, batch["seen_items"], -torch.inf)
-        left_out = rank_of_target(items, targets)
+        scores.scatter_(1, columns(batch["seen_items"]), -torch.inf)
+        left_out = rank_of_target(items, targets, total)
         is_new = (batch["seen_items"] != batch["target_ids"][:, None]).all(1)  # (B,)
         users.append(batch["user_ids"].cpu())
         ranks.append((left_out if kept_in is None else kept_in).cpu())
@@ -74,7 +77,17 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
     """Metrics over the evaluated users of all processes, {"HR@10": ..., "NDCG@10": ..., "MRR": ...}, or with
     --task=ctr over all impressions, {"AUC": ..., "logloss": ...}. `split` is "valid" or "test". Raises
     UserError on a non-finite score."""
-    return EVALUATE[model.cfg.task](model, dataset, split, cfg)
+    # Where each process scores its part of the items, all read the same users.
+    dealt = isinstance(getattr(model, "item_embedding", None), DealtEmbedding)
+    with dist.readers_per_share(dist.num_processes()) if dealt else nullcontext():
+        return EVALUATE[model.cfg.task](model, dataset, split, cfg)
+
+
+def parts_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(item ids -> columns of the scores of the model, a tensor -> its sum over the processes that score
+    other items)"""
+    table = getattr(model, "item_embedding", None)
+    return (table.local, table.sum) if isinstance(table, DealtEmbedding) else (lambda x: x, lambda x: x)
 
 
 def ranking_metrics(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) -> dict[str, float]:

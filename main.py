@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -38,20 +38,22 @@ from reclm.adapt import lora
 from reclm.adapt.qat import train_for
 from reclm.adapt.quantize import num_bytes, quantize_model
 from reclm.config import Config, build_config
-from reclm.contradictions import IN_BACKWARD
 from reclm.data.dataset import Dataset
 from reclm.data.features import choose_inputs
 from reclm.data.repeats import settle_history
-from reclm.errors import UserError, choose
+from reclm.errors import choose
 from reclm.flags import parse_args
 from reclm.metrics import choosing_metric
+from reclm.nn.dealt import DealtEmbedding
+from reclm.nn.layers import ItemEmbedding
 from reclm.nn.losses import LOSSES
 from reclm.nn.pq import assign_codes
 from reclm.run import checkpoint, dist, folder, init_from, optim, report
 from reclm.run.background import Background
 from reclm.run.describe import describe_cost, describe_histories
+from reclm.run.engines import build_engine, lay_out
+from reclm.run.layout import Layout
 from reclm.run.logger import Logger, say, write_json
-from reclm.run.optim_state import check_optimizer
 from reclm.run.process import StopRequest, check_memory, memory_of_step
 from reclm.serve import hub
 
@@ -91,10 +93,11 @@ def evaluate_checkpoint(given: dict) -> None:
 def open_checkpoint(given: dict, path: Path) -> tuple[Config, Dataset, nn.Module]:
     """The config (of the checkpoint, overridden by the user's flags), dataset and trained model of a
     checkpoint. Raises UserError where a flag contradicts it or the data differ."""
-    state = hub.load_state(path)
+    state = dist.from_main(lambda: hub.load_state(path))
     cfg = build_config(checkpoint.merge_config(given, state, path, "model", "data"))
+    layout = lay_out(cfg)
     dataset = open_dataset(cfg, state)
-    model = build_model(cfg, dataset)
+    model = build_model(cfg, dataset, layout)
     checkpoint.restore_model(model, state, path, dataset)
     return cfg, dataset, quantize_model(model, cfg.run.quantize)
 
@@ -111,11 +114,15 @@ def open_dataset(cfg: Config, state: dict | None = None) -> Dataset:
     return dataset
 
 
-def build_model(cfg: Config, dataset: Dataset) -> nn.Module:
+def build_model(cfg: Config, dataset: Dataset, layout: Layout | None = None) -> nn.Module:
     """A model with initial weights, on this process's device. Raises UserError without that device."""
     check_memory(cfg, dataset.vocabulary)
     torch.manual_seed(cfg.train.seed)  # the same initial weights in every process
-    model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary)
+    items = ItemEmbedding
+    if cfg.processes.deal_items:
+        sparse = cfg.train.table_optimizer != "same"
+        items = partial(DealtEmbedding, exchange=layout.exchange, sparse=sparse)
+    model = SequenceRecommender(cfg.model, cfg.loss, dataset.vocabulary, items)
     return model.to(dist.pick_device(cfg.run.device))
 
 
@@ -127,13 +134,14 @@ class Run:
         cfg: Config,
         dataset: Dataset,
         model: nn.Module,
+        layout: Layout | None = None,
         state: dict | None = None,
         path: Path | None = None,
     ):
         """To resume, `state` is the checkpoint read from `path`. Raises UserError where it does not fit.
 
-        The order matters: load the weights, adapt the model, copy it for the average, compile and wrap it,
-        and build the optimizer last, because a wrapper may replace parameters."""
+        The order matters: load the weights, adapt the model, copy it for the average, compile it, and hand it
+        to the engine last, which lays out the weights."""
         self.cfg, self.dataset, self.model = cfg, dataset, model
         self.batches = TrainBatches(dataset, cfg.model.max_len, cfg.loss, cfg.train)
         self.device, base = next(model.parameters()).device, None
@@ -153,18 +161,20 @@ class Run:
         if cfg.train.compile:
             for layer in model.layers:
                 layer.compile(dynamic=True)  # in place, so the names in state_dict stay the same
-        # DDP would hold all gradients, which the optimizers IN_BACKWARD avoid.
-        self.parallel = model if cfg.train.optimizer in IN_BACKWARD else dist.data_parallel(model)
-        self.optimizer = optim.build_optimizer(model, cfg.train)
+        self.layout = layout or lay_out(cfg)
+        self.engine = build_engine(model, self.averaged, cfg, self.layout)
+        self.optimizer = self.engine.optimizer
         self.progress, self.history, self.background = checkpoint.Progress(), [], Background()
         if state:
-            self.optimizer.load_state_dict(check_optimizer(state["optimizer"], self.optimizer, path))
+            self.engine.load_optimizer(state["optimizer"], path)
             self.progress, self.history = checkpoint.Progress(**state["progress"]), state["history"]
 
     def open(self, out_dir: Path) -> None:
         """Start writing into out_dir. Called last, when bad input has been refused."""
         self.out_dir = out_dir
-        if not (out_dir / "best.pth").is_file():  # resumed into a new folder: look for the best epoch again
+        if not dist.on_main(
+            (out_dir / "best.pth").is_file
+        ):  # resumed into a new folder: look for the best epoch again
             self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
         self.logger = Logger(out_dir, self.history, report.REPORT[self.dataset.task]["unit"])
         self.stop = StopRequest()
@@ -174,16 +184,17 @@ class Run:
         """Write a checkpoint under each of these file names, without `wait` in the background. Raises
         UserError, e.g. on a full disk, also that of the last write in the background."""
         self.progress.seconds = time.time() - self.started
+        merged = self.base and lora.merged_weights(self.averaged, self.base)
         state = {
             "version": checkpoint.VERSION,
-            "model": lora.plain_weights(self.averaged, self.base),
-            "optimizer": self.optimizer.state_dict(),
+            "model": merged or self.engine.state_dict(self.averaged),
+            "optimizer": self.engine.optimizer_state(),
             "progress": vars(self.progress),
             "history": self.history,
             "config": self.cfg.flat(),
         }
         if self.cfg.train.ema or self.base:
-            state["trained"] = self.model.state_dict()
+            state["trained"] = self.engine.state_dict(self.model)
         if self.base:
             state |= {"averaged": self.averaged.state_dict(), "base": asdict(self.base)}
 
@@ -200,13 +211,14 @@ class Run:
 def train(given: dict) -> None:
     """--eval_only=false: train a new model, or with --resume continue an interrupted run, then test it. Bad
     input raises UserError before the run folder is touched."""
-    state, path = folder.find_resume(given)
+    state, path = dist.from_main(lambda: folder.find_resume(given))
     if state:
         given = checkpoint.merge_config(given, state, path, "model", "data", "trajectory")
     cfg = build_config(given)
+    layout = lay_out(cfg)
     dataset = open_dataset(cfg)
     cfg.data.dataset = cfg.data.dataset or dataset.name  # a resumed run must not find another default
-    run = Run(cfg, dataset, build_model(cfg, dataset), state, path)
+    run = Run(cfg, dataset, build_model(cfg, dataset, layout), layout, state, path)
     with folder.claimed(cfg, dataset.name, path) as out_dir:
         run.open(out_dir)
         folder.keep_histories(out_dir, dataset)
@@ -220,16 +232,17 @@ def describe(given: dict) -> None:
     """--describe=true: print what was understood of the data and what a run takes, by a few steps of one;
     write nothing."""
     cfg = build_config(given)
+    layout = lay_out(cfg)
     dataset = open_dataset(cfg)
     say(describe_histories(dataset))
-    run = Run(cfg, dataset, build_model(cfg, dataset))
+    run = Run(cfg, dataset, build_model(cfg, dataset, layout), layout)
     say(report.describe_model(run.model, len(run.batches), run.batches.num_targets))
     seconds = []
     for step, micro_batches, num_targets in islice(run.batches.epoch(0), 4):
         begin = time.time()
         gradients = partial(compute_gradients, run, 0, step, micro_batches, num_targets)
         gradients()
-        optim.take_step(run.optimizer, gradients, num_targets)
+        run.engine.step(gradients, num_targets)
         seconds.append(time.time() - begin)
     say(describe_cost(seconds, len(run.batches), cfg.train.num_epochs))
 
@@ -265,13 +278,13 @@ def train_epoch(run: Run, epoch: int) -> dict:
         optim.set_rates(run.optimizer, total_step, cfg.num_epochs * num_steps, cfg)
         gradients = partial(compute_gradients, run, epoch, step, micro_batches, num_targets)
         loss_sum = gradients()
-        norm = optim.clip_gradients(run.optimizer, run.model, cfg.clip_norm)
+        norm = run.engine.clip()
         # A signal may reach one process only, but all must stop at the same step, or the others would wait
         # forever in the next all-reduce. So the stop request is summed together with the loss.
         total, stopping = dist.sum_over_processes([loss_sum, float(bool(run.stop))])
         if not math.isfinite(total) or not norm.isfinite():
-            refuse_non_finite(run, epoch, step, loss_sum)
-        optim.take_step(run.optimizer, gradients, num_targets)  # may compute them again
+            report.refuse_non_finite(loss_sum, epoch, step, run.out_dir)
+        run.engine.step(gradients, num_targets)  # may compute them again
         if cfg.ema:
             optim.update_average(run.averaged, run.model, total_step, cfg.ema)
         progress.step, progress.loss_sum = step + 1, progress.loss_sum + total
@@ -312,25 +325,12 @@ def accumulate_gradients(
         torch.manual_seed(torch.initial_seed())  # draws do not depend on how the batch is cut
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
         batch = relabel(run.model, batch) if relabel else batch
-        last = i == len(micro_batches) - 1
-        # DDP all-reduces gradients in every backward pass; no_sync() postpones that to the last micro-batch.
-        with nullcontext() if last or run.parallel is run.model else run.parallel.no_sync():
-            loss = run.parallel(batch)  # the SUM over targets, whose number differs between micro-batches
-            # DDP averages gradients over the processes. This factor undoes that and divides by the targets of
-            # all processes instead, so each target counts equally, however the processes share the batch.
-            (loss * (dist.data_world() / max(num_targets, 1))).backward()
-        loss_sum += loss.item()
+        # The loss is the SUM over targets, whose number differs between micro-batches, and gradients are
+        # averaged over the shares of the data. This factor undoes that and divides by the targets of all
+        # processes instead, so each target counts equally, however the processes share the batch.
+        factor = dist.data_world() / max(num_targets, 1)
+        loss_sum += run.engine.gradients(batch, factor, last=i == len(micro_batches) - 1)
     return loss_sum
-
-
-def refuse_non_finite(run: Run, epoch: int, step: int, loss_sum: float) -> None:
-    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights."""
-    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
-    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
-    raise UserError(
-        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
-        f"earlier checkpoints in {run.out_dir} are intact"
-    )
 
 
 def stop_early(run: Run) -> None:
@@ -348,7 +348,8 @@ def stop_early(run: Run) -> None:
 def validate(run: Run, epoch: int) -> dict:
     """The validation metrics as log-row entries {"valid/NDCG@10": ...}, and the seconds that they took."""
     begin = time.time()
-    metrics = evaluate(run.averaged, run.dataset, "valid", run.cfg.eval)
+    with run.engine.to_evaluate(run.averaged) as model:
+        metrics = evaluate(model, run.dataset, "valid", run.cfg.eval)
     row = {f"valid/{name}": value for name, value in metrics.items()}
     return row | {"eval_seconds": time.time() - begin}
 
@@ -374,8 +375,12 @@ def report_test(run: Run) -> None:
     """Test the weights of the best validation epoch, write result.json and print the metrics."""
     # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
-    model = build_model(run.cfg, run.dataset) if run.base else run.model  # checkpoints hold merged weights
-    checkpoint.restore_model(model, checkpoint.load_checkpoint(path), path, run.dataset)
+    # Checkpoints hold merged and whole weights.
+    model = (
+        run.model if run.engine.is_plain and not run.base else build_model(run.cfg, run.dataset, run.layout)
+    )
+    state = dist.from_main(lambda: checkpoint.load_checkpoint(path))
+    checkpoint.restore_model(model, state, path, run.dataset)
     best = run.progress.best_epoch
     result = report.describe_run(run.cfg, run.dataset) | {
         "seconds": round(time.time() - run.started, 1),

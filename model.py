@@ -14,6 +14,9 @@ Sequences are padded on the right, so under causal attention no real position se
 kernel needs no padding mask. The outputs at padded positions are dropped before the loss.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,7 +169,14 @@ class SequenceRecommender(nn.Module):
     of a parameter; reclm/nn/incremental.py calls other methods, for inference without wrappers. Raises
     UserError for an unknown --task, --model_name or --loss."""
 
-    def __init__(self, cfg: ModelConfig, loss: LossConfig, vocabulary: Vocabulary):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        loss: LossConfig,
+        vocabulary: Vocabulary,
+        items: Callable[..., ItemEmbedding] = ItemEmbedding,
+    ):
+        """`items(num_rows, dim, padding_idx=0)` makes a table with a vector per item."""
         super().__init__()
         self.cfg, self.loss = cfg, loss
         self.run_task, head = choose("task", cfg.task, FORWARD)
@@ -176,7 +186,7 @@ class SequenceRecommender(nn.Module):
         if cfg.item_table == "pq":
             self.item_embedding = PQEmbedding(num_rows, cfg)
         else:
-            self.item_embedding = ItemEmbedding(num_rows, cfg.dim, padding_idx=0)
+            self.item_embedding = items(num_rows, cfg.dim, padding_idx=0)
         self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
@@ -218,10 +228,11 @@ class SequenceRecommender(nn.Module):
                     std = self.cfg.dim**-0.5
                 if isinstance(module, (ZeroLinear, ZeroEmbedding, ZeroEmbeddingBag)):
                     std = 0.0
-                nn.init.normal_(weight, std=std)
+                fill = getattr(module, "normal_", partial(nn.init.normal_, weight))
+                fill(std=std)
         if not isinstance(self.item_embedding, PQEmbedding):
             self.item_embedding.weight[0] = 0.0
-            self.item_embedding.weight[self.cold_items] = 0.0
+            self.item_embedding.weight[self.item_embedding.local(self.cold_items)] = 0.0
 
     def item_table(self) -> Table:
         """(V, D): the item factors of the MF layer, tied to the input embedding. In training, call it once

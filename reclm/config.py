@@ -11,6 +11,7 @@ from typing import Literal
 
 from reclm.contradictions import refuse_contradictions
 from reclm.errors import UserError
+from reclm.processes import ProcessConfig
 from reclm.settings import (
     ADAPTED,
     CTR,
@@ -333,11 +334,12 @@ class Config:
     adapt: AdaptConfig
     eval: EvalConfig
     run: RunConfig
+    processes: ProcessConfig
 
     def flat(self) -> dict:
-        """{name: value} of all settings that a checkpoint stores: every section but `run`."""
+        """{name: value} of all settings that a checkpoint stores: every section but the last two."""
         parts = asdict(self)
-        del parts["run"]
+        del parts["run"], parts["processes"]
         return {name: value for part in parts.values() for name, value in part.items()}
 
 

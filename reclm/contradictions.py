@@ -5,6 +5,8 @@ from reclm.errors import UserError
 from reclm.settings import IMPRESSIONS
 
 IN_BACKWARD = ("lomo", "adalomo")  # optimizers that update weights within the backward pass
+# Those that update each number of a weight by itself, wherever it lies.
+ALONGSIDE = {"torch": ("adamw", "muon"), "deepspeed": ("adamw",)}  # by engine
 
 
 def refuse_contradictions(cfg) -> None:
@@ -16,6 +18,7 @@ def refuse_contradictions(cfg) -> None:
     of_the_item_table(cfg)
     of_quantization(cfg)
     of_the_optimizer(cfg)
+    of_the_processes(cfg)
     of_the_protocol(cfg)
 
 
@@ -81,6 +84,43 @@ def of_the_optimizer(cfg) -> None:
             "--optimizer=sophia draws targets from the softmax over all items: "
             "use --loss=softmax without --time_head, or another optimizer"
         )
+
+
+def of_the_processes(cfg) -> None:
+    ours, train = cfg.processes, cfg.train
+    if ours.tp_size and "tp" not in ours.parallel:
+        raise UserError(
+            f"--tp_size={ours.tp_size} has no effect with --parallel={ours.parallel}: leave it out"
+        )
+    for name, default in (("zero_stage", 2), ("deepspeed_config", None)):
+        value = getattr(ours, name)
+        if ours.engine == "torch" and value != default:
+            raise UserError(f"--{name}={value} has no effect with --engine=torch: leave it out")
+    chosen = f"--parallel={ours.parallel}" * (ours.parallel != "ddp") or "--deal_items" * ours.deal_items
+    chosen = "--engine=deepspeed" if ours.engine == "deepspeed" else chosen
+    if not chosen:
+        return
+    if ours.engine == "deepspeed" and (ours.parallel != "ddp" or ours.deal_items):
+        raise UserError(
+            "--engine=deepspeed lays out the weights itself: leave out --parallel and --deal_items"
+        )
+    others = {
+        "item_table": cfg.model.item_table != "dense" and cfg.model.item_table,
+        "adapter": cfg.adapt.adapter != "none" and cfg.adapt.adapter,
+        "qat": train.qat != "none" and train.qat,
+        "optimizer": train.optimizer not in ALONGSIDE[ours.engine] and train.optimizer,
+        "item_features": ours.deal_items and cfg.model.item_features,
+        "table_optimizer": ours.engine == "deepspeed"
+        and train.table_optimizer != "same"
+        and train.table_optimizer,
+        "ema": ours.engine == "deepspeed" and ours.zero_stage == 3 and train.ema,
+        "compile": ours.engine == "deepspeed" and train.compile,
+        "init_from": ours.deal_items and train.init_from,
+        "quantize": ours.deal_items and cfg.run.quantize != "none" and cfg.run.quantize,
+    }
+    for name, value in others.items():
+        if value:
+            raise UserError(f"{chosen} does not go with --{name}={value}: leave one out, or use another")
 
 
 def of_the_protocol(cfg) -> None:

@@ -1,6 +1,8 @@
 """Metrics as pure functions: of ranks, as sums over users that add up over processes; and of the logits and
 labels of all impressions, gathered from all processes."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,16 +18,20 @@ def choosing_metric(metrics: dict[str, float], prefix: str = "") -> tuple[str, f
     return name, CHOOSE_BY[name] * metrics[prefix + name]
 
 
-def rank_of_target(scores: Tensor, target_ids: Tensor) -> Tensor:
+def rank_of_target(scores: Tensor, target_ids: Tensor, total: Callable = lambda x: x) -> Tensor:
     """scores (B, V) float32, target_ids (B,) -> float64 ranks (B,), best is 1: 1 + the number of items with a
     higher score + half the number of others with an equal score.
 
     A tie thus gets its expected ("realistic") rank, e.g. the middle of the list if all scores are equal.
-    Sorting would break ties by column, and a model with constant scores look good or bad by luck."""
-    target = scores.gather(1, target_ids[:, None])  # (B, 1)
-    better = (scores > target).sum(1)
-    equal = (scores == target).sum(1) - 1  # without the target itself
-    return 1 + better.double() + equal.double() / 2
+    Sorting would break ties by column, and a model with constant scores look good or bad by luck.
+
+    Where other processes have the scores of other items, a target that is theirs is -1 here, and
+    `total` sums a tensor over all."""
+    here = (target_ids >= 0)[:, None]
+    target = scores.gather(1, target_ids[:, None].clamp(min=0))  # (B, 1)
+    target = total(torch.where(here, target, 0.0))
+    better, equal = total(torch.stack([(scores > target).sum(1), (scores == target).sum(1)]))
+    return 1 + better.double() + (equal.double() - 1) / 2  # without the target itself
 
 
 def ranking_sums(ranks: Tensor) -> dict[str, float]:

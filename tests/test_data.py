@@ -16,13 +16,15 @@ from scipy.stats import chisquare
 import main
 from data import TrainBatches, eval_batches, impression_batches, load_dataset
 from model import SequenceRecommender
-from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from reclm.config import DataConfig, LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.data.negatives import NegativeSampler
 from reclm.data.prepare import build_sequences, prepare
 from reclm.data.sources import find_dataset
 from reclm.errors import UserError
 from reclm.nn.losses import LOSSES
 from reclm.run import dist
+from reclm.run.engine import Engine
+from reclm.run.layout import Layout
 
 # Users of 1, 2, 3, 5 and 300 items.
 FIVE = [[7], [1, 2], [3, 4, 5], [6, 1, 7, 2, 5], [1 + i % 8 for i in range(300)]]
@@ -298,8 +300,8 @@ def test_padding_never_enters_the_loss(tiny_dataset, name, how):
 def test_gradient_accumulation_changes_nothing(tiny_dataset, loss, share):
     loss = LossConfig(loss=loss, num_negatives=6, share_negatives=share)
     model = model_for(tiny_dataset, loss)
-    optimizer, device = torch.optim.SGD(model.parameters()), torch.device("cpu")
-    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer, device=device)
+    engine = Engine(model, model, cfg := build_config({}), Layout(cfg))
+    run = SimpleNamespace(model=model, engine=engine, optimizer=engine.optimizer, device="cpu")
     results = []
     for parts in (1, 3):
         step, micro, num = epoch_of(batches_of(tiny_dataset, loss=loss, grad_accum_steps=parts))[1]

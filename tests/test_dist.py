@@ -16,7 +16,7 @@ import rendezvous
 
 from reclm.errors import LocalError, UserError
 from reclm.run import store
-from reclm.run.store import MainAtWork
+from reclm.run.store import AtWork
 
 LEAVE_AT_A_BARRIER = """
 import atexit, sys, torch, weakref
@@ -64,7 +64,7 @@ def test_the_others_wait_as_long_as_the_main_process_lives(monkeypatch):
     monkeypatch.setattr(store, "BEAT", 0.02)
     monkeypatch.setattr(store, "SILENCE", 0.3)
     shared = torch.distributed.HashStore()
-    main, other = MainAtWork(shared), MainAtWork(shared)
+    main, other = AtWork(shared), AtWork(shared)
     waiting = threading.Thread(target=other.wait)
     with main.work():
         waiting.start()

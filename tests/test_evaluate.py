@@ -1,5 +1,6 @@
 """Ranking against brute force, on 1 to 3 processes, and for models with a known answer."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,12 @@ import main
 from data import TrainBatches
 from evaluate import evaluate, rank_users, score_impressions
 from model import SequenceRecommender
-from reclm.config import EvalConfig, LossConfig, ModelConfig, TrainConfig
+from reclm.config import EvalConfig, LossConfig, ModelConfig, TrainConfig, build_config
 from reclm.errors import UserError
 from reclm.metrics import CUTOFFS
-from reclm.run.optim import build_optimizer, learning_rate
+from reclm.run.engine import Engine
+from reclm.run.layout import Layout
+from reclm.run.optim import learning_rate
 
 
 def build(dataset, seed=0, loss="softmax", **changes):
@@ -164,9 +167,9 @@ def test_ranks_are_bit_equal_on_any_number_of_processes(tiny_dataset, monkeypatc
     model, seen = build(tiny_dataset), {}
     monkeypatch.setattr(evaluation, "USERS_AT_ONCE", batch_size)
 
-    def record(scores, target_ids):
+    def record(scores, *more):
         seen["scores"].append(scores.clone())
-        return original(scores, target_ids)
+        return original(scores, *more)
 
     original = evaluation.rank_of_target
     monkeypatch.setattr(evaluation, "rank_of_target", record)
@@ -300,8 +303,9 @@ def test_learns_the_next_item(tiny_dataset, loss):
     model = build(tiny_dataset, loss=loss, dim=32, dropout=0.0)
     model.loss.num_negatives = 20
     batches = TrainBatches(tiny_dataset, 10, model.loss, cfg)
-    optimizer = build_optimizer(model, cfg)
-    run = SimpleNamespace(model=model, parallel=model, optimizer=optimizer, device="cpu")
+    engine = Engine(model, model, whole := build_config(asdict(cfg)), Layout(whole))
+    optimizer = engine.optimizer
+    run = SimpleNamespace(model=model, engine=engine, optimizer=optimizer, device="cpu")
     before = evaluate(model, tiny_dataset, "test", EvalConfig(filter_seen=False))["NDCG@10"]
     model.train()
     num_epochs = 30

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # subpackage: those it may import; "" is reclm itself, which all
         "serve",
     },  # applies trained models, so it also imports model.py
 }
-MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1220, 7660
+MOST_LINES, MOST_OF_SPINE, MOST_OF_PACKAGE = 400, 1230, 8750
 MOST_OF_ROOM = {"serve": 3300, "adapt": 1000, "engines": 400}  # optional rooms, which the rest does not need
 MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS = 60, 8
 PACKAGE = sorted((ROOT / "reclm").rglob("*.py"))

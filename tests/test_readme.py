@@ -105,7 +105,7 @@ def test_the_commands_of_data(folder):
 def test_every_feature_of_the_table_runs(folder):
     section = README.partition("## What else it does")[2].partition("\n## ")[0]
     flags = re.findall(r"\| `(--[^`]+)` \|", section)
-    assert len(flags) == 10
+    assert len(flags) == 11
     here("--dataset=ml-1m", "--num_epochs=1", "--out_dir=base", cwd=folder).ok()
     for row in flags:
         row = row.replace("BASE.pth", "base/best.pth")

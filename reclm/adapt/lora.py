@@ -181,9 +181,9 @@ def merge(weights: dict[str, Tensor], own: dict[str, Tensor], alpha: float = ALP
     return merged
 
 
-def plain_weights(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
+def merged_weights(model: nn.Module, base: Base) -> dict[str, Tensor]:
     """The weights of a model without adapters that gives the same scores."""
-    return model.state_dict() if base is None else merge(*split_weights(model, base))
+    return merge(*split_weights(model, base))
 
 
 def read_base(state: dict, model: nn.Module, path: Path) -> Base | None:

@@ -40,6 +40,10 @@ class ItemEmbedding(nn.Embedding):
     def table(self) -> Table:
         return self.weight
 
+    def local(self, ids: Tensor) -> Tensor:
+        """Item ids (...) -> rows of `weight`"""
+        return ids
+
 
 class Dropout(nn.Dropout):
     """nn.Dropout (arXiv 1207.0580) whose masks do not depend on how sequences are shared among processes.

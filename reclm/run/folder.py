@@ -205,7 +205,7 @@ def dump_config(cfg: Config) -> str:
     """All settings but those of section `run`, as YAML that --config can read."""
     parts = []
     for section, cls in SECTIONS.items():
-        if section != "run":
+        if section not in ("run", "processes"):
             parts.append(f"# {cls.__doc__}\n" + yaml.safe_dump(vars(getattr(cfg, section)), sort_keys=False))
     return "\n".join(parts)
 

@@ -47,7 +47,7 @@ def start_from(model: torch.nn.Module, path: Path, dataset: Dataset, cfg: Config
     Vectors of items are copied as --init_match says and those of users by id, tables of codes and words only
     where these mean the same. Raises UserError if no item is shared or --dim differs, and if the checkpoint
     may have been trained on this run's test data."""
-    state, match = read_base(path, cfg), cfg.train.init_match
+    state, match = dist.from_main(lambda: read_base(path, cfg)), cfg.train.init_match
     weights, saved, said = model.state_dict(), dict(state["model"]), ""
     if cfg.model.item_table == "pq":
         weights[ITEMS] = model.item_embedding.dense().detach()

@@ -35,9 +35,22 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-        update = orthogonal(weight.grad.lerp(state["momentum_buffer"], momentum))
+        update = orthogonal_of(weight.grad.lerp(state["momentum_buffer"], momentum))
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(weight.shape)))
+
+
+def orthogonal_of(update: Tensor) -> Tensor:
+    """`orthogonal`, also of a DTensor (reclm/run/parallel.py), of which each process gathers the whole."""
+    if not hasattr(update, "full_tensor"):
+        return orthogonal(update)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * update.device_mesh.ndim
+    whole = DTensor.from_local(
+        orthogonal(update.full_tensor()), update.device_mesh, everywhere, run_check=False
+    )
+    return whole.redistribute(placements=update.placements)
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ USUAL_WARMUP = 100  # optimizer steps
 def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101). beta2 is 0.98, an average over the last 50 steps or so: with 0.999, the
     second moment would still remember the first steps at the end of a short run."""
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    meshes = {getattr(weight, "device_mesh", None) for group in groups for weight in group["params"]}
+    fused = len(meshes) == 1  # its kernel takes weights of one layout alone
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=fused, foreach=False)
 
 
 def adamw8bit(groups: list[dict], cfg: TrainConfig) -> torch.optim.Optimizer:
@@ -125,13 +127,6 @@ def set_rates(optimizer: torch.optim.Optimizer | Together, step: int, total_step
             group["lr"] = rate
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer | Together, model: nn.Module, clip_norm: float) -> Tensor:
-    """Clip the gradients to an L2 norm of `clip_norm`; 0 = no clipping. Returns the norm before, a scalar."""
-    if isinstance(optimizer, InBackward):
-        return optimizer.norm()  # clipped in its second pass
-    return nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
-
-
 def take_step(optimizer: torch.optim.Optimizer | Together, again: Callable, num_targets: int) -> None:
     """Update the weights by the gradients of the mean over `num_targets`. Some optimizers call `again()` to
     compute them once more, or `again(relabel=f)`, with a function f(model, batch) that returns other batches
@@ -169,4 +164,9 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
     """averaged <- d averaged + (1 - d) model, in place, after optimizer step `step`, counted from 0.
     d = min(decay, (1 + step) / (10 + step)): smaller at first, to forget the initial weights soon."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average(list(averaged.parameters()), list(model.parameters()), step)
+    average(*([local(weight) for weight in one.parameters()] for one in (averaged, model)), step)
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process has of a weight"""
+    return weight.to_local() if hasattr(weight, "to_local") else weight

@@ -1,6 +1,7 @@
 """What the state of each optimizer looks like in a checkpoint, which may come from a stranger."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ STATES = {  # class of an optimizer: the state {name: shape} of a weight of some
 }
 
 
-def check_optimizer(saved: dict, optimizer: Any, path: Path) -> dict:
+def check_optimizer(saved: dict, optimizer: Any, path: Path, shape_of: Callable = torch.Tensor.size) -> dict:
     """The state to load: the saved moments and learning rates; all else follows from the settings. Raises
     UserError unless they fit the optimizer: the same groups of weights, tensors of the right shapes. torch
-    checks the former alone, and writes into memory of other shapes."""
+    checks the former alone, and writes into memory of other shapes. `shape_of` gives the shape of a weight of
+    which this process may have a part."""
     now = optimizer.state_dict()["param_groups"]
     ours, theirs = ([len(group["params"]) for group in groups] for groups in (now, groups_of(saved)))
     check(path, ours == theirs, "the optimizer has other groups of weights")
@@ -48,7 +50,7 @@ def check_optimizer(saved: dict, optimizer: Any, path: Path) -> dict:
     state = saved.get("state")
     check(path, isinstance(state, dict), "the optimizer has no state")
     weights = [
-        (type(part).__name__, tuple(weight.shape))
+        (type(part).__name__, tuple(shape_of(weight)))
         for part in parts_of(optimizer)
         for group in part.param_groups
         for weight in group["params"]

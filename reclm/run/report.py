@@ -1,5 +1,6 @@
 """Texts about a run (its data, model and metrics), and the record of settings in its result.json."""
 
+import math
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from reclm.config import Config
 from reclm.data.dataset import Dataset
 from reclm.data.impressions import SHARES, SPLITS
+from reclm.errors import UserError
 from reclm.metrics import CUTOFFS
 from reclm.run import dist
 
@@ -164,6 +166,17 @@ def format_impressions(title: str, metrics: dict[str, float], cfg: Config) -> st
     if "GAUC" in metrics:
         rows[2] += f"   over {metrics['GAUC_users']:,} users with both classes"
     return "\n".join(rows)
+
+
+def refuse_non_finite(loss_sum: float, epoch: int, step: int, out_dir: Path) -> None:
+    """Raise UserError in all processes, before the optimizer step, so that no checkpoint gets bad weights.
+    `loss_sum` is that of this process."""
+    bad = [r for r, loss in enumerate(dist.gather_from_processes(loss_sum)) if not math.isfinite(loss)]
+    what = f"the loss became NaN or infinite in process {bad[0]}" if bad else "the gradient overflowed"
+    raise UserError(
+        f"{what} at epoch {epoch}, step {step}: try a smaller --lr or --dtype=float32; "
+        f"earlier checkpoints in {out_dir} are intact"
+    )
 
 
 def describe_files(out_dir: Path) -> str:

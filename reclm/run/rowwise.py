@@ -25,9 +25,21 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["row_sum"] = weight.new_zeros(len(weight), 1)
+        if weight.grad.is_sparse:
+            return self.update_touched(weight, state["row_sum"], group)
         # Without a temporary of the size of the table.
         norms = torch.linalg.vector_norm(weight.grad, dim=1, keepdim=True)  # (V, 1)
         state["row_sum"].addcmul_(norms, norms, value=1 / weight.shape[1])
         rates = group["lr"] / (state["row_sum"].sqrt() + group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcmul_(weight.grad, rates, value=-1.0)
+
+    def update_touched(self, weight: torch.Tensor, row_sum: torch.Tensor, group: dict) -> None:
+        """The same for the rows of a sparse gradient alone: others would stay as they are, but for weight
+        decay, which reaches a row when it is touched."""
+        grad = weight.grad.coalesce()
+        (rows,), grad = grad.indices(), grad.values()
+        sums = row_sum[rows] + grad.square().mean(1, keepdim=True)
+        row_sum[rows] = sums
+        kept = weight[rows] * (1 - group["lr"] * group["weight_decay"])
+        weight[rows] = kept - group["lr"] / (sums.sqrt() + group["eps"]) * grad

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import DistStoreError, PrefixStore, Store
@@ -41,9 +41,9 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-class MainAtWork:
-    """Waiting for the main process, however long it takes, but not for one that is gone. The n-th `work`
-    there ends the n-th `wait` everywhere else."""
+class AtWork:
+    """Waiting for the main process, or that of a host, however long it takes, but not for one that is gone.
+    The n-th `work` there ends the n-th `wait` of the others that share the store."""
 
     def __init__(self, store: Store):
         self.store, self.count = store, 0
@@ -66,6 +66,16 @@ class MainAtWork:
             done.set()
             thread.join()
             self.store.set(f"work {self.count}", "done")
+
+    def end(self) -> None:
+        """In the main process: it has printed its error and is about to exit."""
+        with suppress(RuntimeError):
+            self.store.set("end", "")
+
+    def wait_for_end(self) -> None:
+        """In the others"""
+        with suppress(RuntimeError):
+            self.store.wait(["end"], timedelta(seconds=30))
 
     def wait(self) -> None:
         """In the others. Raises LocalError if the main process is silent for SILENCE seconds, or the store is

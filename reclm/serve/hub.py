@@ -297,12 +297,16 @@ def find_model(given: dict) -> tuple[Path, Path]:
     UserError if one of them does not exist."""
     repo = given.get("from_hub")
     if repo is None:
-        out_dir = chosen_dir(given)
-        return out_dir, find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
+        return dist.on_main(lambda: find_run(given))
     path = dist.on_main(lambda: fetch(repo))
     out_dir = Path(given.get("out_dir") or ROOT / "hub" / repo)
     out_dir.mkdir(parents=True, exist_ok=True)
     return out_dir, path
+
+
+def find_run(given: dict) -> tuple[Path, Path]:
+    out_dir = chosen_dir(given)
+    return out_dir, find_checkpoint(given.get("ckpt_name", "best.pth"), out_dir)
 
 
 def load_state(path: Path) -> dict:

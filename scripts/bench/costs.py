@@ -47,7 +47,6 @@ from reclm.data.dataset import Dataset, Vocabulary
 from reclm.errors import run_script
 from reclm.nn import hstu
 from reclm.nn.losses import softmax
-from reclm.run import optim
 from reclm.run.process import keep_freed_memory
 
 ML_1M = {"users": 6040, "items": 3416, "length": 165}  # about the size of MovieLens-1M
@@ -86,7 +85,8 @@ def made_up(users: int, items: int, length: int) -> Dataset:
 
 def new_run(cfg: Config, dataset: Dataset) -> program.Run:
     """A run with a fresh model in training mode."""
-    run = program.Run(cfg, dataset, program.build_model(cfg, dataset))
+    layout = program.lay_out(cfg)
+    run = program.Run(cfg, dataset, program.build_model(cfg, dataset, layout), layout)
     run.model.train()
     return run
 
@@ -101,8 +101,8 @@ def step(run: program.Run, batch: tuple) -> None:
     _, micro_batches, num_targets = batch
     gradients = partial(program.compute_gradients, run, 0, 0, micro_batches, num_targets)
     gradients()
-    optim.clip_gradients(run.optimizer, run.model, run.cfg.train.clip_norm)
-    optim.take_step(run.optimizer, gradients, num_targets)
+    run.engine.clip()
+    run.engine.step(gradients, num_targets)
 
 
 def phases(run: program.Run, steps: int = 24) -> dict:
