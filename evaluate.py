@@ -16,11 +16,13 @@ from reclm.metrics import ctr_metrics, rank_of_target, ranking_sums
 from reclm.nn.dealt import DealtEmbedding
 from reclm.nn.heads import TIME_ERRORS
 from reclm.run import dist
+from reclm.run.process import return_large_tensors
 
 # Limits of an evaluation batch, to bound memory for any catalogue and any history.
 USERS_AT_ONCE = 256  # speed differs by less than 10 % between 16 and 512
 MAX_SCORES = 2**26  # 256 MiB in float32
 MAX_TOKENS = 2**18
+MANY_ITEMS = 2**17  # above, scores are large tensors
 
 
 def batch_size(dataset: Dataset, max_len: int) -> int:
@@ -79,7 +81,9 @@ def evaluate(model: nn.Module, dataset: Dataset, split: str, cfg: EvalConfig) ->
     UserError on a non-finite score."""
     # Where each process scores its part of the items, all read the same users.
     dealt = isinstance(getattr(model, "item_embedding", None), DealtEmbedding)
-    with dist.readers_per_share(dist.num_processes()) if dealt else nullcontext():
+    sharing = dist.readers_per_share(dist.num_processes()) if dealt else nullcontext()
+    memory = return_large_tensors() if dataset.num_items > MANY_ITEMS else nullcontext()
+    with sharing, memory:
         return EVALUATE[model.cfg.task](model, dataset, split, cfg)
 
 

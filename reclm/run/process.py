@@ -11,15 +11,30 @@ from reclm.config import Config
 from reclm.data.dataset import Vocabulary
 from reclm.errors import LocalError, UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # as in malloc.h
+
 
 def keep_freed_memory() -> None:
     """Make glibc reuse the memory of large freed tensors instead of returning it to the system at each step:
     otherwise about half of a training step on a CPU is page faults."""
+    set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+@contextmanager
+def return_large_tensors() -> Iterator[None]:
+    """Within the block, return those of 4 MiB and more. In an evaluation small results stay between large
+    tensors of scores, so freed memory would not be large enough for the next: a ranking of a million items
+    took more with every batch."""
+    set_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**22})
+    yield
+    set_malloc({M_MMAP_MAX: 0})
+
+
+def set_malloc(values: dict[int, int]) -> None:
     with suppress(OSError, AttributeError):  # not glibc (macOS, Windows, musl): nothing to do
         mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        for name, value in values.items():
+            mallopt(name, value)
 
 
 def die_with_launcher() -> None:
