@@ -160,7 +160,7 @@ def test_a_dealt_table_is_evaluated_by_any_number(work):
         (["--tp_size=2"], "--tp_size=2 has no effect with --parallel=ddp"),
         (["--zero_stage=3"], "--zero_stage=3 has no effect with --engine=torch"),
         (["--parallel=fsdp", "--optimizer=adafactor"], "--optimizer=adafactor"),
-        (["--parallel=fsdp", "--task=ctr"], "--task=ctr"),
+        (["--parallel=fsdp", "--task=ctr", "--ctr_split=random"], "--task=ctr"),
         (["--deal_items", "--item_table=pq"], "--item_table=pq"),
         (["--engine=deepspeed", "--parallel=tp"], "leave out --parallel"),
         (
