@@ -172,9 +172,8 @@ class Run:
     def open(self, out_dir: Path) -> None:
         """Start writing into out_dir. Called last, when bad input has been refused."""
         self.out_dir = out_dir
-        if not dist.on_main(
-            (out_dir / "best.pth").is_file
-        ):  # resumed into a new folder: look for the best epoch again
+        if not dist.on_main((out_dir / "best.pth").is_file):
+            # Resumed into a new folder: look for the best epoch again.
             self.progress.best_score, self.progress.bad_epochs = -math.inf, 0
         self.logger = Logger(out_dir, self.history, report.REPORT[self.dataset.task]["unit"])
         self.stop = StopRequest()
@@ -375,10 +374,9 @@ def report_test(run: Run) -> None:
     """Test the weights of the best validation epoch, write result.json and print the metrics."""
     # The last epoch may be worse than the best one, and choosing by the test score would be cheating.
     path = run.out_dir / "best.pth"
-    # Checkpoints hold merged and whole weights.
-    model = (
-        run.model if run.engine.is_plain and not run.base else build_model(run.cfg, run.dataset, run.layout)
-    )
+    model = run.model
+    if run.base or not run.engine.is_plain:  # checkpoints hold merged and whole weights
+        model = build_model(run.cfg, run.dataset, run.layout)
     state = dist.from_main(lambda: checkpoint.load_checkpoint(path))
     checkpoint.restore_model(model, state, path, run.dataset)
     best = run.progress.best_epoch

@@ -5,7 +5,7 @@ from reclm.errors import UserError
 from reclm.settings import IMPRESSIONS
 
 IN_BACKWARD = ("lomo", "adalomo")  # optimizers that update weights within the backward pass
-# Those that update each number of a weight by itself, wherever it lies.
+# Those whose state can be gathered from parts of weights.
 ALONGSIDE = {"torch": ("adamw", "muon"), "deepspeed": ("adamw",)}  # by engine
 
 

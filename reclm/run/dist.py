@@ -240,7 +240,7 @@ def from_main(function: Callable):
     kept = []
 
     def without_tensors():
-        return replace_tensors(function(), lambda x: kept.append(x) or x.to("meta"))
+        return replace_tensors(function(), lambda x: kept.append(x.contiguous()) or x.to("meta"))
 
     def received(meta: torch.Tensor) -> torch.Tensor:
         tensor = kept.pop(0) if kept else torch.empty_like(meta, device="cpu")

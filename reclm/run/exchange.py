@@ -1,4 +1,4 @@
-"""Communication between the processes that hold parts of one item table (reclm/nn/sharded.py)."""
+"""Communication between the processes that hold parts of one item table (reclm/nn/dealt.py)."""
 
 import torch
 import torch.distributed as dist

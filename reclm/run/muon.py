@@ -8,11 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from reclm.run.each_weight import EachWeight
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic polynomial of a step
 STEPS = 5
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EachWeight):
     """For matrices w (n, m) with gradient g; the update is momentum with all its singular values near 1:
 
         b <- momentum b + (1 - momentum) g
@@ -22,13 +24,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self.update(weight, group)
 
     def update(self, weight: Tensor, group: dict) -> None:
         state, momentum = self.state[weight], group["momentum"]

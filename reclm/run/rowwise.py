@@ -2,8 +2,10 @@
 
 import torch
 
+from reclm.run.each_weight import EachWeight
 
-class RowwiseAdagrad(torch.optim.Optimizer):
+
+class RowwiseAdagrad(EachWeight):
     """Adagrad (Duchi et al. 2011) with one sum of squares per row of a table (V, D), as in recommenders of
     industry (DLRM, arXiv 1906.00091; fbgemm's exact row-wise Adagrad): 4 / D bytes of state per weight.
 
@@ -13,13 +15,6 @@ class RowwiseAdagrad(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], lr: float, eps: float = 1e-8):
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self.update(weight, group)
 
     def update(self, weight: torch.Tensor, group: dict) -> None:
         state = self.state[weight]
